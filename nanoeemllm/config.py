@@ -1,0 +1,171 @@
+"""Sizes and switches of every part, as frozen dataclasses, and one preset a row.
+
+A model folder's `config.json` is one `ModelConfig` written out; `ModelConfig.from_dict` reads it back and
+refuses what it does not know. Everything that can be derived is derived here, once, as a property.
+
+    T text rows   V visual rows   B samples   L layers   C width   F FFN width
+    H query heads   G key/value heads   D head width   P patches
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+IMAGE_TOKEN = -200  # stands for one whole image in a list of ids, as in LLaVA
+
+
+class UserError(Exception):
+    """Something the user can mend: what, where, what to do, in one line. The scripts exit with code 2."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's stretching of the low RoPE frequencies (see llama.rope_frequencies)."""
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The language model. The defaults are Vicuna-7B v1.5's."""
+    vocab_size: int = 32000
+    hidden_size: int = 4096                  # C
+    intermediate_size: int = 11008           # F
+    num_hidden_layers: int = 32              # L
+    num_attention_heads: int = 32            # H
+    num_key_value_heads: int = 32            # G, divides H
+    head_dim: int = 128                      # D
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads "
+                            f"{self.num_attention_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} must be even: RoPE turns pairs")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The image encoder. The defaults are SigLIP so400m/14 at 384 px.
+
+    resize says how a picture is brought to whole patches (image.py):
+      "square"  bicubic to image_size x image_size, whatever the shape
+      "pad"     padded to a square with the mean colour, then as above (LLaVA-1.5)
+      "native"  the aspect ratio is kept, longest side <= image_size, shortest >= min_image_size (Idefics2)
+    """
+    architecture: str = "siglip"             # or "clip": class token, pre-LayerNorm, no patch bias
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27              # layers that are run; features come from the last of them
+    num_attention_heads: int = 16
+    patch_size: int = 14
+    image_size: int = 384
+    min_image_size: int = 378                # "native" only
+    resize: str = "square"
+    hidden_act: str = "gelu_tanh"            # or "quick_gelu"
+    layer_norm_eps: float = 1e-6
+    post_layernorm: bool = True              # LLaVA-1.5 reads the layer before the last, without it
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self):
+        for name, allowed in (("architecture", ("siglip", "clip")), ("resize", ("square", "pad", "native")),
+                              ("hidden_act", ("gelu_tanh", "quick_gelu"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"vision {name} is {getattr(self, name)!r}; known: {', '.join(allowed)}")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along a side of the largest picture = side of the learned position grid."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patch_dim(self) -> int:
+        return 3 * self.patch_size ** 2
+
+
+VISUAL_PATHS = ("llava", "eemllm")
+
+
+@dataclass(frozen=True)
+class VisualPathConfig:
+    """What happens to visual tokens in a layer: a row of the table in visual_path.py."""
+    name: str = "eemllm"
+    aligner: str = "vof"                     # eemllm: which of the layer's weights the aligner uses (Table 6)
+
+    def __post_init__(self):
+        if self.name not in VISUAL_PATHS:
+            raise UserError(f"visual path {self.name!r} is not known; known: {', '.join(VISUAL_PATHS)}")
+        if self.aligner not in ("", "v", "o", "f", "vo", "vf", "of", "vof"):
+            raise UserError(f"aligner {self.aligner!r}: give some of the letters v, o, f in this order, or none")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model. vision None: a language model alone."""
+    llama: LlamaConfig = field(default_factory=LlamaConfig)
+    vision: VisionConfig | None = field(default_factory=VisionConfig)
+    visual_path: VisualPathConfig = field(default_factory=VisualPathConfig)
+    chat_template: str = "vicuna_v1"         # a name of prompt.TEMPLATES
+
+    def to_dict(self) -> dict:
+        """Plain JSON types, every field written out."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "ModelConfig":
+        """Raises UserError that names the key, for an unknown key or a value of the wrong type."""
+        return _build(cls, data, "config")
+
+
+_PARTS = {"llama": LlamaConfig, "vision": VisionConfig, "visual_path": VisualPathConfig, "rope_scaling": RopeScaling}
+
+
+def _build(cls, data, where: str):
+    if not isinstance(data, dict):
+        raise UserError(f"{where} must be an object, not {type(data).__name__}")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in data.items():
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(known)}")
+        if key in _PARTS and value is not None:
+            value = _build(_PARTS[key], value, f"{where}.{key}")
+        elif known[key].type is int and (type(value) is not int or value < 1):
+            raise UserError(f"{where}.{key} must be a positive whole number, not {value!r}")
+        elif known[key].type is float:
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise UserError(f"{where}.{key} must be a positive number, not {value!r}")
+            value = float(value)
+        elif known[key].type in (str, bool) and type(value) is not known[key].type:
+            raise UserError(f"{where}.{key} must be a {known[key].type.__name__}, not {value!r}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[key] = value
+    return cls(**values)
+
+
+_SIGLIP_384 = VisionConfig()
+_SIGLIP_980 = VisionConfig(image_size=980, resize="native")
+_CLIP_336 = VisionConfig(architecture="clip", hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
+                         image_size=336, resize="pad", hidden_act="quick_gelu", layer_norm_eps=1e-5,
+                         post_layernorm=False, image_mean=(0.48145466, 0.4578275, 0.40821073),
+                         image_std=(0.26862954, 0.26130258, 0.27577711))
+_TINY = ModelConfig(
+    LlamaConfig(vocab_size=128, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=32, max_position_embeddings=2048),
+    VisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, patch_size=6,
+                 image_size=48, min_image_size=24, resize="native"))
+
+PRESETS = {  # the sizes users name; --preset
+    "tiny": _TINY,
+    "eemllm-7b": ModelConfig(LlamaConfig(), _SIGLIP_384),
+    "eemllm-7b-980": ModelConfig(LlamaConfig(max_position_embeddings=8192), _SIGLIP_980),
+    "llava-1.5-7b": ModelConfig(LlamaConfig(vocab_size=32064), _CLIP_336, VisualPathConfig("llava")),
+}
