@@ -10,11 +10,15 @@ for the kernel. A sample of two text tokens, an image of three, and two more tex
     text query 1    1  1  .  .  .  .  .
     text query 5    1  1  1  1  1  1  .
     text query 6    1  1  1  1  1  1  1
+
+Three functions of one signature: `attention_reference` is the rule written down, `composite_attention` is what
+the model calls, and it goes to the Triton kernel (kernel.py) on a GPU and to fast PyTorch elsewhere.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,3 +28,114 @@ class Run(NamedTuple):
     length: Tensor     # (B,) int32: rows of each sample, 0 allowed
     position: Tensor   # (N,) int32: place of each row in its sample, never falling within a run
     max_length: int    # no length is greater; sizes a launch without asking the device
+
+
+def composite_attention(q: Tensor, k_visual: Tensor, v_visual: Tensor, k_text: Tensor, v_text: Tensor,
+                        query: Run, visual: Run, text: Run, scale: float | None = None) -> Tensor:
+    """Softmax attention of packed queries over each sample's visual and text keys (DESIGN: "one attention rule").
+
+    q (N, H, D); k_visual, v_visual (V, G, D); k_text, v_text (M, G, D); G divides H, and H // G query heads share
+    a key head. The three runs are over the same B samples. Returns (N, H, D); rows that see no key are zero.
+    """
+    function = _on_gpu if q.is_cuda else _in_pytorch
+    return function(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
+
+
+def attention_reference(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale=None) -> Tensor:
+    """The rule, sample by sample, with every score in memory. Same arguments and result as composite_attention."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k_text.shape[1]
+    out = torch.zeros_like(q)
+    for b in range(len(query.start)):
+        q_rows, v_rows, t_rows = (slice(int(run.start[b]), int(run.start[b] + run.length[b]))
+                                  for run in (query, visual, text))
+        k = torch.cat([k_visual[v_rows], k_text[t_rows]]).repeat_interleave(group, dim=1)
+        v = torch.cat([v_visual[v_rows], v_text[t_rows]]).repeat_interleave(group, dim=1)
+        key_position = torch.cat([visual.position[v_rows], text.position[t_rows]])
+        mask = key_position[None, :] <= query.position[q_rows, None]                       # (queries, keys)
+        scores = torch.einsum("qhd,khd->hqk", q[q_rows], k) * scale
+        weights = scores.masked_fill(~mask, torch.finfo(q.dtype).min).softmax(-1) * mask   # * mask: rows without keys
+        out[q_rows] = torch.einsum("hqk,khd->qhd", weights, v)
+    return out
+
+
+def _on_gpu(*args) -> Tensor:
+    from nanoeemllm.kernel import composite_attention_kernel  # Triton is imported where there is a GPU
+    return composite_attention_kernel(*args)
+
+
+# ---- fast PyTorch, for machines without a GPU ----
+
+_BLOCK = 256                # query rows a time in _blocks
+_RECTANGLE = 2 ** 25        # scores up to which a batch goes as one padded rectangle
+
+
+def _in_pytorch(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale) -> Tensor:
+    """Many small samples go as one padded rectangle, since a loop over them would cost more than the arithmetic;
+    long ones go block by block, each with the keys it can see."""
+    scores = len(query.start) * query.max_length * (visual.max_length + text.max_length) * q.shape[1]
+    if len(query.start) == 1 and query.max_length > 1 or scores > _RECTANGLE:
+        return _blocks(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
+    return _one_rectangle(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
+
+
+def _one_rectangle(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale) -> Tensor:
+    q_rows, q_real = _rows(query)                                                  # (B, queries)
+    runs = [(run, k, v) for run, k, v in ((visual, k_visual, v_visual), (text, k_text, v_text)) if run.max_length]
+    if not runs or not query.max_length:
+        return torch.zeros_like(q)
+    rows = [_rows(run) for run, _, _ in runs]
+    k = torch.cat([k[r] for (_, k, _), (r, _) in zip(runs, rows)], dim=1)          # (B, keys, G, D)
+    v = torch.cat([v[r] for (_, _, v), (r, _) in zip(runs, rows)], dim=1)
+
+    key_position = torch.cat([run.position[r] for (run, _, _), (r, _) in zip(runs, rows)], dim=1)
+    key_real = torch.cat([real for _, real in rows], dim=1)
+    mask = (key_position[:, None, :] <= query.position[q_rows][:, :, None]) & key_real[:, None, :]
+    out = _sdpa(q[q_rows], k, v, mask, scale)                                      # (B, queries, H, D)
+    return torch.zeros_like(q).index_copy(0, q_rows[q_real].long(), out[q_real])
+
+
+def _rows(run: Run) -> tuple[Tensor, Tensor]:
+    """Row numbers (B, max_length) and which of them are real; padding repeats the sample's own last row."""
+    place = torch.arange(run.max_length, device=run.start.device, dtype=torch.int32)
+    last = (run.length[:, None] - 1).clamp(min=0)
+    rows = (run.start[:, None] + torch.minimum(place, last)).clamp(max=len(run.position) - 1)
+    return rows, place < run.length[:, None]
+
+
+def _blocks(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale) -> Tensor:
+    out = []
+    rows = []
+    bounds = zip(*(t.tolist() for run in (query, visual, text) for t in (run.start, run.length)))
+    for q_start, q_length, v_start, v_length, t_start, t_length in bounds:
+        v_position, t_position = visual.position[v_start:v_start + v_length], text.position[t_start:t_start + t_length]
+        for first in range(q_start, q_start + q_length, _BLOCK):
+            block = slice(first, min(first + _BLOCK, q_start + q_length))
+            q_position = query.position[block]
+            # positions never fall, so the keys that the block's last row sees are a prefix of each run
+            v_seen, t_seen = (int(torch.searchsorted(p, q_position[-1:], right=True)) for p in (v_position, t_position))
+            k = _join(k_visual[v_start:v_start + v_seen], k_text[t_start:t_start + t_seen])
+            v = _join(v_visual[v_start:v_start + v_seen], v_text[t_start:t_start + t_seen])
+            mask = torch.cat([v_position[:v_seen], t_position[:t_seen]])[None, :] <= q_position[:, None]
+            if not mask.shape[1]:
+                continue
+            out.append(_sdpa(q[None, block], k[None], v[None], mask[None], scale)[0])
+            rows.append(torch.arange(block.start, block.stop, device=q.device))
+    return torch.zeros_like(q).index_copy(0, torch.cat(rows), torch.cat(out)) if out else torch.zeros_like(q)
+
+
+def _join(a: Tensor, b: Tensor) -> Tensor:
+    return b if not len(a) else a if not len(b) else torch.cat([a, b])
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale) -> Tensor:
+    """(B, queries, H, D), (B, keys, G, D), mask (B, queries, keys) -> (B, queries, H, D)."""
+    group = q.shape[2] // k.shape[2]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if mask.all():
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    blind = ~mask.any(-1, keepdim=True)                    # a softmax over nothing is NaN: let such rows see
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | blind)[:, None], scale=scale)
+    return out.transpose(1, 2).masked_fill(blind[..., None], 0)  # everything, then take it away again
