@@ -1,0 +1,203 @@
+"""Model folders: `config.json`, `model-*.safetensors` (at most 5 GB each) with their index, `tokenizer.json`.
+
+    load(folder)                              -> a model, its tensors mapped from the files, not copied
+    save(tensors, config, tokenizer, folder)  streams: holds one tensor at a time
+
+A folder is written beside its place, flushed to the disk and renamed, so it is whole or absent.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanoeemllm.config import ModelConfig, UserError, VisualPathConfig
+from nanoeemllm.prompt import Tokenizer
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class Lazy(NamedTuple):
+    """A tensor that is read only when it is written."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+
+def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str | None = None):
+    """folder -> EEMLLM. device: the GPU if there is one; dtype: as stored; visual_path: as configured.
+
+    Raises UserError for files that are missing, broken, or hold other tensors than config.json asks for.
+    """
+    from nanoeemllm.model import EEMLLM  # here, because model.py re-exports load
+    folder = Path(folder)
+    config = ModelConfig.from_dict(read_json(folder / "config.json"))
+    if visual_path is not None:
+        config = dataclasses.replace(config, visual_path=VisualPathConfig(visual_path))
+    with torch.device("meta"):
+        model = EEMLLM(config, Tokenizer(folder / "tokenizer.json"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    state, found = {}, {}
+    for name, path in tensor_files(folder, "model.safetensors").items():
+        found.setdefault(path, []).append(name)
+    for path, names in found.items():
+        with open_safetensors(path, str(device)) as file:
+            check_listed(path, names, file.keys())
+            state.update((name, file.get_tensor(name)) for name in names)
+    check_tensors(folder, {name: tuple(x.shape) for name, x in model.state_dict().items()},
+                  {name: tuple(x.shape) for name, x in state.items()})
+    model.load_state_dict({name: state.pop(name).to(dtype=dtype) for name in list(state)}, assign=True)
+    return model
+
+
+def save(tensors: Mapping[str, Tensor | Lazy], config: ModelConfig, tokenizer: Tokenizer, folder) -> None:
+    """Writes a model folder, in place of an older one. Raises UserError where the disk is full, or where
+    folder holds something that is no model.
+    """
+    with written_aside(Path(folder)) as aside:
+        shards, size = [[]], 0
+        for name, x in tensors.items():
+            more = x.dtype.itemsize * torch.Size(x.shape).numel()
+            if size + more > SHARD_BYTES and shards[-1]:
+                shards, size = [*shards, []], 0
+            shards[-1].append(name)
+            size += more
+        weight_map = {}
+        for i, names in enumerate(shards):
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            _write_shard(aside / file, {name: tensors[name] for name in names})
+            weight_map.update(dict.fromkeys(names, file))
+        _write(aside / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1).encode())
+        _write(aside / "tokenizer.json", tokenizer.to_json().encode())
+        _write(aside / "config.json", json.dumps(config.to_dict(), indent=2).encode())
+
+
+@contextlib.contextmanager
+def written_aside(folder: Path):
+    """Gives an empty folder to write into; when all went well it takes folder's place."""
+    check_replaceable(folder)
+    aside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        _flush(aside)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"cannot write {folder}: {os.strerror(error.errno)}") from None
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises UserError unless folder is absent, empty, or a model folder."""
+    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already and is no model folder: choose another place")
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor | Lazy]) -> None:
+    """The safetensors format: header size (8 bytes), JSON header padded to 8 bytes, then the numbers."""
+    header, end = {}, 0
+    for name, x in tensors.items():
+        start, end = end, end + x.dtype.itemsize * torch.Size(x.shape).numel()
+        header[name] = {"dtype": _DTYPE_NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for x in tensors.values():
+            x = x.load() if isinstance(x, Lazy) else x
+            file.write(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return data
+
+
+def tensor_files(folder: Path, single: str) -> dict[str, Path]:
+    """name -> file for every tensor that the index `single`.index.json lists, or that `single` itself holds."""
+    index = folder / (single + ".index.json")
+    if not index.is_file():
+        with open_safetensors(folder / single) as file:
+            return dict.fromkeys(file.keys(), folder / single)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map must say in which file each tensor is")
+    for name in set(weight_map.values()):
+        if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+            raise UserError(f"{index}: {name!r} is not the name of a file in this folder")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: no such file, but {index.name} lists it; download it again")
+    return {name: folder / file for name, file in weight_map.items()}
+
+
+def open_safetensors(path: Path, device: str = "cpu"):
+    try:
+        return safe_open(path, "pt", device=device)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut off ({error}); download it again") from None
+
+
+def check_listed(path: Path, names: list[str], held) -> None:
+    """Every tensor that the index places in this file is in it."""
+    absent = sorted(set(names) - set(held))
+    if absent:
+        raise UserError(f"{path} lacks {len(absent)} tensors that the index places in it: {_first(absent)}")
+
+
+def check_tensors(where, expected: dict[str, tuple], found: dict[str, tuple]) -> None:
+    """Raises one UserError that names what is missing, unexpected, or of another shape."""
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    wrong = [f"{name} is {found[name]}, not {expected[name]}" for name in sorted(expected.keys() & found.keys())
+             if found[name] != expected[name]]
+    lines = [f"{len(names)} {what}: {_first(names)}" for what, names in
+             (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)) if names]
+    if lines:
+        raise UserError(f"{where}: the tensors do not fit the configuration. " + "; ".join(lines))
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
