@@ -111,6 +111,6 @@ def _runs(lengths: list[int], device) -> tuple[Run, Run]:
     length = torch.tensor(lengths, dtype=torch.int32)
     start = (length.cumsum(0) - length).int()
     run = Run(start.to(device), length.to(device), torch.zeros(sum(lengths), dtype=torch.int32, device=device),
-              max(lengths))
+              max(lengths, default=0))
     zero = torch.zeros_like(run.start)
     return run, Run(zero, zero, zero[:0], 0)
