@@ -83,7 +83,7 @@ class VisionTransformer(nn.Module):
         if self.config.post_layernorm:
             x = self.post_layernorm(x)
         if self.config.architecture == "clip":
-            x = x.unflatten(0, (-1, lengths[0]))[:, 1:].flatten(0, 1)
+            x = x.unflatten(0, (-1, self.config.grid_size ** 2 + 1))[:, 1:].flatten(0, 1)
         return x
 
     def _with_class_token(self, x: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def position_index(grids: list[tuple[int, int]], side: int, device=None) -> Tens
     for h, w in grids:
         row, column = torch.arange(h) * side // h, torch.arange(w) * side // w
         index.append((row[:, None] * side + column).flatten())
-    return torch.cat(index).to(device)
+    return torch.cat(index).to(device) if index else torch.zeros(0, dtype=torch.long, device=device)
 
 
 def _runs(lengths: list[int], device) -> tuple[Run, Run]:
