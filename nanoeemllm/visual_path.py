@@ -73,7 +73,19 @@ class LlavaPath:
         return layer.feed_forward(rows + layer.self_attn.output(heads)), nothing
 
 
-class EEMLLMPath:
+class CompositePath:
+    """Base of the paths whose visual tokens never look at text: in every layer their keys and values follow from the
+    picture and its position alone, so they can be made once a picture and kept."""
+
+    def begin(self, text: Tensor, visual: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        return text, visual
+
+    def __call__(self, layer: LlamaLayer, text: Tensor, visual: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        k, v, visual = self.visual_step(layer, visual, ctx)
+        return text_step(layer, text, k, v, ctx), visual
+
+
+class EEMLLMPath(CompositePath):
     """Visual tokens go from layer to layer by the aligner (EE-MLLM v1, eq. 2-3), each for itself alone:
 
         v <- v + W_O W_V RMSNorm(v)         v <- v + FFN(RMSNorm(v))
@@ -85,15 +97,11 @@ class EEMLLMPath:
     def __init__(self, config: VisualPathConfig):
         self.aligner = config.aligner
 
-    def begin(self, text: Tensor, visual: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        return text, visual
-
-    def __call__(self, layer: LlamaLayer, text: Tensor, visual: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def visual_step(self, layer: LlamaLayer, visual: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Visual rows (V, C) -> their keys and values in this layer (V, G, D), and the rows for the next one."""
         h = layer.input_layernorm(visual)
-        k, v = layer.self_attn.keys_values(h, ctx.rope_visual)                         # (V, G, D)
-        if not layer.is_last:
-            visual = self.align(layer, visual, h, v)
-        return text_step(layer, text, k, v, ctx), visual
+        k, v = layer.self_attn.keys_values(h, ctx.rope_visual)
+        return k, v, visual if layer.is_last else self.align(layer, visual, h, v)
 
     def align(self, layer: LlamaLayer, visual: Tensor, h: Tensor, v: Tensor) -> Tensor:
         """(V, C) -> (V, C). h: the normalised rows; v: W_V h, which attention has made already."""
