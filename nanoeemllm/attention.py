@@ -139,3 +139,55 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale) -> Tensor:
     blind = ~mask.any(-1, keepdim=True)                    # a softmax over nothing is NaN: let such rows see
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | blind)[:, None], scale=scale)
     return out.transpose(1, 2).masked_fill(blind[..., None], 0)  # everything, then take it away again
+
+
+# ---- what both ways refuse ----
+
+def check_attention_inputs(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale=None) -> None:
+    """ValueError for what does not fit: the argument, what it was, what was expected.
+
+    Starts and lengths that lie on a GPU are not read, since that would make the host wait: whoever builds a
+    run there checks it before it leaves the CPU, with `check_run`.
+    """
+    def expect(name, what, was, expected):
+        if was != expected:
+            raise ValueError(f"{name}: {what} is {was}, expected {expected}")
+
+    tensors = dict(q=q, k_visual=k_visual, v_visual=v_visual, k_text=k_text, v_text=v_text)
+    for name, x in tensors.items():
+        expect(name, "number of dimensions", x.ndim, 3)
+        expect(name, "dtype", x.dtype, q.dtype)
+        expect(name, "device", x.device, q.device)
+        expect(name, "head width", x.shape[2], q.shape[2])
+        if name != "q":
+            expect(name, "number of heads", x.shape[1], k_text.shape[1])
+    expect("v_visual", "number of rows", len(v_visual), len(k_visual))
+    expect("v_text", "number of rows", len(v_text), len(k_text))
+    if not q.is_floating_point():
+        raise ValueError(f"q: dtype is {q.dtype}, expected a floating-point type")
+    if not k_text.shape[1] or q.shape[1] % k_text.shape[1]:
+        raise ValueError(f"q: number of heads is {q.shape[1]}, expected a multiple of k_text's {k_text.shape[1]}")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale: is {scale}, expected a positive number")
+    for name, run, rows in (("query", query, q), ("visual", visual, k_visual), ("text", text, k_text)):
+        expect(f"{name}.start", "device", run.start.device, q.device)
+        expect(f"{name}.start", "number of samples", len(run.start), len(query.start))
+        check_run(name, run, len(rows))
+
+
+def check_run(name: str, run: Run, rows: int) -> None:
+    """ValueError unless `run` fits a tensor of `rows` rows."""
+    for field, x in zip(run._fields, run[:3]):
+        if x.ndim != 1 or x.dtype != torch.int32:
+            raise ValueError(f"{name}.{field}: is {x.ndim}-dimensional {x.dtype}, expected 1-dimensional torch.int32")
+        if x.device != run.start.device:
+            raise ValueError(f"{name}.{field}: device is {x.device}, expected {run.start.device}")
+    for field, was, expected in (("length", len(run.length), len(run.start)), ("position", len(run.position), rows)):
+        if was != expected:
+            raise ValueError(f"{name}.{field}: has {was} entries, expected {expected}")
+    if run.start.is_cpu and not torch.compiler.is_compiling():
+        for b, (start, length) in enumerate(zip(run.start.tolist(), run.length.tolist())):
+            if not 0 <= start <= start + length <= rows:
+                raise ValueError(f"{name}: sample {b} has rows {start} to {start + length}, expected within 0 to {rows}")
+            if length > run.max_length:
+                raise ValueError(f"{name}.max_length: is {run.max_length}, expected at least {length}, sample {b}'s length")
