@@ -8,13 +8,25 @@ refuses what it does not know. Everything that can be derived is derived here, o
 """
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 
 IMAGE_TOKEN = -200  # stands for one whole image in a list of ids, as in LLaVA
 
 
 class UserError(Exception):
-    """Something the user can mend: what, where, what to do, in one line. The scripts exit with code 2."""
+    """Something the user can mend: what, where, what to do, in one line."""
+
+
+def run_command(main):
+    """Runs a script's main(). A UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @dataclass(frozen=True)
