@@ -102,20 +102,96 @@ class VisionConfig:
         return 3 * self.patch_size ** 2
 
 
-VISUAL_PATHS = ("llava", "eemllm")
+VISUAL_PATHS = ("llava", "eemllm", "eemllm-f", "naavit", "saisa", "yopo", "flamingo")
 
 
 @dataclass(frozen=True)
 class VisualPathConfig:
-    """What happens to visual tokens in a layer: a row of the table in visual_path.py."""
+    """What happens to visual tokens in a layer: a row of the table in visual_path.py, and that row's settings."""
     name: str = "eemllm"
     aligner: str = "vof"                     # eemllm: which of the layer's weights the aligner uses (Table 6)
+    composite_layers: tuple[int, ...] = ()   # eemllm-f: the layers that are as in eemllm; the others are as in llava
+    window: int = 5                          # yopo: neighbours are window x window patches, odd
+    ffn_ratio: int = 2                       # yopo: visual tokens use the first 1/ratio of the FFN's neurons
+    last_visual_layer: int | None = None     # yopo: L_cut, the first layer without visual keys; None: half the layers
+    prune_heads: int | None = None           # yopo: heads a layer without visual keys, layers 0 and 1 excepted
+    kept_heads: tuple[tuple[int, ...], ...] = ()   # yopo: per layer, what calibration chose; without: the first heads
+    every: int = 4                           # flamingo: a gated block before every such layer
 
     def __post_init__(self):
         if self.name not in VISUAL_PATHS:
             raise UserError(f"visual path {self.name!r} is not known; known: {', '.join(VISUAL_PATHS)}")
         if self.aligner not in ("", "v", "o", "f", "vo", "vf", "of", "vof"):
             raise UserError(f"aligner {self.aligner!r}: give some of the letters v, o, f in this order, or none")
+        if self.window % 2 == 0:
+            raise UserError(f"window {self.window} must be odd: a patch stands in the middle of its neighbours")
+
+    def visual_layers(self, llama: LlamaConfig) -> int:
+        """yopo: how many layers have visual keys."""
+        return self.last_visual_layer or max(1, llama.num_hidden_layers // 2)
+
+    def heads(self, llama: LlamaConfig, layer: int) -> tuple[int, ...]:
+        """yopo: the heads of this layer that see visual keys."""
+        if self.kept_heads:
+            return self.kept_heads[layer]
+        pruned = self.prune_heads or 0
+        return tuple(range(llama.num_attention_heads - (pruned if layer >= 2 else 0)))
+
+    def check(self, llama: LlamaConfig):
+        """Raises UserError where the settings do not fit the language model."""
+        L, H = llama.num_hidden_layers, llama.num_attention_heads
+        if self.name == "eemllm-f" and not self.composite_layers:
+            raise UserError(f"eemllm-f needs its composite layers: --composite-layers {L // 2}-{L - 1}")
+        if self.composite_layers and max(self.composite_layers) >= L:
+            raise UserError(f"composite layer {max(self.composite_layers)}, but the model has layers 0 to {L - 1}")
+        if self.visual_layers(llama) > L:
+            raise UserError(f"last visual layer {self.last_visual_layer}, but the model has {L} layers")
+        if self.kept_heads and len(self.kept_heads) != L:
+            raise UserError(f"kept_heads has {len(self.kept_heads)} layers, the model {L}: calibrate anew")
+        if (self.prune_heads or 0) >= H or any(not kept or max(kept) >= H for kept in self.kept_heads):
+            raise UserError(f"each layer must keep at least one of its heads 0 to {H - 1}")
+        if self.ffn_ratio > llama.intermediate_size:
+            raise UserError(f"ffn ratio {self.ffn_ratio} leaves none of the FFN's {llama.intermediate_size} neurons")
+        if self.name == "flamingo" and self.every > L:
+            raise UserError(f"a gated block every {self.every} layers puts none into {L} layers: give --every {L} or less")
+
+
+def add_visual_path_flags(parser):
+    """The flags of every script that makes or loads a model; visual_path_from reads them."""
+    add = parser.add_argument_group("what happens to visual tokens (visual_path.py)").add_argument
+    add("--visual-path", choices=VISUAL_PATHS, help="default: the model's own")
+    add("--aligner", metavar="LETTERS", help="eemllm: some of v, o, f, or '' for none (vof)")
+    add("--composite-layers", metavar="LAYERS", help="eemllm-f: as in 16-31 or 0,2,5-7")
+    add("--window", type=int, metavar="W", help="yopo: neighbours W x W (5)")
+    add("--ffn-ratio", type=int, metavar="R", help="yopo: the first 1/R of the FFN's neurons (2)")
+    add("--last-visual-layer", type=int, metavar="L_CUT", help="yopo: no visual keys from this layer on (half of them)")
+    add("--prune-heads", type=int, metavar="N", help="yopo: heads pruned in each layer but the first two (0)")
+    add("--every", type=int, metavar="K", help="flamingo: a gated block every K layers (4)")
+
+
+def visual_path_from(args, base: VisualPathConfig | None = None) -> VisualPathConfig:
+    """The path that the flags ask for: base (a loaded model's, or the default) with what was given changed."""
+    given = {"name": args.visual_path, "aligner": args.aligner, "window": args.window, "ffn_ratio": args.ffn_ratio,
+             "last_visual_layer": args.last_visual_layer, "prune_heads": args.prune_heads, "every": args.every,
+             "composite_layers": args.composite_layers and _layers(args.composite_layers)}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key, value in given.items():
+        if type(value) is int and value < (key != "prune_heads"):
+            raise UserError(f"--{key.replace('_', '-')} must be a positive whole number, not {value}")
+    if "prune_heads" in given:
+        given |= {"prune_heads": given["prune_heads"] or None, "kept_heads": ()}    # chosen for another number
+    return dataclasses.replace(base or VisualPathConfig(), **given)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """"0,2,5-7" -> (0, 2, 5, 6, 7)"""
+    layers = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise UserError(f"--composite-layers {text!r}: give layers as in 16-31 or 0,2,5-7")
+        layers |= set(range(int(first), int(last or first) + 1))
+    return tuple(sorted(layers))
 
 
 @dataclass(frozen=True)
@@ -125,6 +201,9 @@ class ModelConfig:
     vision: VisionConfig | None = field(default_factory=VisionConfig)
     visual_path: VisualPathConfig = field(default_factory=VisualPathConfig)
     chat_template: str = "vicuna_v1"         # a name of prompt.TEMPLATES
+
+    def __post_init__(self):
+        self.visual_path.check(self.llama)
 
     def to_dict(self) -> dict:
         """Plain JSON types, every field written out."""
@@ -149,7 +228,8 @@ def _build(cls, data, where: str):
             raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(known)}")
         if key in _PARTS and value is not None:
             value = _build(_PARTS[key], value, f"{where}.{key}")
-        elif known[key].type is int and (type(value) is not int or value < 1):
+        elif known[key].type in (int, int | None) and (type(value) is not int or value < 1) and (
+                value is not None or known[key].type is int):
             raise UserError(f"{where}.{key} must be a positive whole number, not {value!r}")
         elif known[key].type is float:
             if type(value) not in (int, float) or not 0 < value < float("inf"):
@@ -157,10 +237,25 @@ def _build(cls, data, where: str):
             value = float(value)
         elif known[key].type in (str, bool) and type(value) is not known[key].type:
             raise UserError(f"{where}.{key} must be a {known[key].type.__name__}, not {value!r}")
-        elif isinstance(value, list):
-            value = tuple(value)
+        elif known[key].type in _TUPLES:
+            depth, inner = _TUPLES[known[key].type]
+            value = _tuple(value, depth, inner, f"{where}.{key}")
         values[key] = value
     return cls(**values)
+
+
+_TUPLES = {tuple[float, float, float]: (1, float), tuple[int, ...]: (1, int), tuple[tuple[int, ...], ...]: (2, int)}
+
+
+def _tuple(value, depth: int, inner, where: str) -> tuple:
+    """JSON lists -> tuples of tuples, checked to the bottom."""
+    if depth == 0:
+        if type(value) is bool or not isinstance(value, (int, inner)) or value < 0:
+            raise UserError(f"{where} must hold numbers that are not negative, not {value!r}")
+        return inner(value)
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{where} must be a list, not {value!r}")
+    return tuple(_tuple(v, depth - 1, inner, where) for v in value)
 
 
 _SIGLIP_384 = VisionConfig()
