@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -49,13 +50,10 @@ def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str
     with torch.device("meta"):
         model = EEMLLM(config, Tokenizer(folder / "tokenizer.json"))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    state, found = {}, {}
-    for name, path in tensor_files(folder, "model.safetensors").items():
-        found.setdefault(path, []).append(name)
-    for path, names in found.items():
+    state = {}
+    for path, names in shards(folder, "model.safetensors").items():
         with open_safetensors(path, str(device)) as file:
-            check_listed(path, names, file.keys())
-            state.update((name, file.get_tensor(name)) for name in names)
+            state.update((name, file.get_tensor(name)) for name in listed(path, names, file.keys()))
     check_tensors(folder, {name: tuple(x.shape) for name, x in model.state_dict().items()},
                   {name: tuple(x.shape) for name, x in state.items()})
     model.load_state_dict({name: state.pop(name).to(dtype=dtype) for name in list(state)}, assign=True)
@@ -155,21 +153,24 @@ def read_json(path: Path) -> dict:
     return data
 
 
-def tensor_files(folder: Path, single: str) -> dict[str, Path]:
-    """name -> file for every tensor that the index `single`.index.json lists, or that `single` itself holds."""
+def shards(folder: Path, single: str) -> dict[Path, list[str]]:
+    """file -> the tensors that the index `single`.index.json places in it; without an index, the one file `single`
+    and no names. Raises UserError for an index that leaves the folder, and for a file that is not there.
+    """
     index = folder / (single + ".index.json")
     if not index.is_file():
-        with open_safetensors(folder / single) as file:
-            return dict.fromkeys(file.keys(), folder / single)
-    weight_map = read_json(index).get("weight_map")
+        return {folder / single: []}
+    weight_map, files = read_json(index).get("weight_map"), {}
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: weight_map must say in which file each tensor is")
-    for name in set(weight_map.values()):
-        if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
-            raise UserError(f"{index}: {name!r} is not the name of a file in this folder")
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: no such file, but {index.name} lists it; download it again")
-    return {name: folder / file for name, file in weight_map.items()}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]*\w", file):
+            raise UserError(f"{index}: {file!r} is not the name of a file in this folder")
+        files.setdefault(folder / file, []).append(name)
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file, but {index.name} lists it; download it again")
+    return files
 
 
 def open_safetensors(path: Path, device: str = "cpu"):
@@ -181,11 +182,12 @@ def open_safetensors(path: Path, device: str = "cpu"):
         raise UserError(f"{path} is damaged or cut off ({error}); download it again") from None
 
 
-def check_listed(path: Path, names: list[str], held) -> None:
-    """Every tensor that the index places in this file is in it."""
+def listed(path: Path, names: list[str], held) -> list[str]:
+    """The tensors to read from a file: those that the index names, all of them there, or all that it holds."""
     absent = sorted(set(names) - set(held))
     if absent:
         raise UserError(f"{path} lacks {len(absent)} tensors that the index places in it: {_first(absent)}")
+    return names or list(held)
 
 
 def check_tensors(where, expected: dict[str, tuple], found: dict[str, tuple]) -> None:

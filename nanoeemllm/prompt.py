@@ -101,12 +101,15 @@ class Tokenizer:
         if new:
             yield self.decode(before + new)[len(self.decode(before)):]
 
+    def has(self, name: str) -> bool:
+        return self._tokenizer.token_to_id(name) is not None
+
     def special_id(self, name: str) -> int:
         """Id of a template's special token. Raises UserError where the tokenizer has none of that name."""
-        found = self._tokenizer.token_to_id(name)
-        if found is None:
-            raise UserError(f"the tokenizer has no token {name}: choose another chat template of {', '.join(TEMPLATES)}")
-        return found
+        if not self.has(name):
+            raise UserError(f"the tokenizer has no token {name}: choose another chat template of "
+                            + ", ".join(TEMPLATES))
+        return self._tokenizer.token_to_id(name)
 
     def end_id(self, template: str) -> int:
         """The token that ends what the assistant says."""
@@ -169,7 +172,7 @@ def _write(tokenizer: Tokenizer, turns: list[dict], name: str) -> "_Writer":
         writer.template(template.system_turn, system)
     for i, turn in enumerate(turns):
         if turn["from"] != ("human", "gpt")[i % 2]:
-            raise UserError(f"turn {i + 1} is from {turn['from']!r}: \"human\" and \"gpt\" must take turns, human first")
+            raise UserError(f"turn {i + 1} is from {turn['from']!r}: human and gpt must take turns, human first")
         if i % 2 == 0:
             if i:
                 writer.template(template.after)

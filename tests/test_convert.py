@@ -1,0 +1,347 @@
+"""convert_weights.py against what transformers computed (make_golden.py), and against folders that are broken."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import convert_weights
+import nanoeemllm
+from convert_weights import llama_config
+from nanoeemllm import checkpoint
+from nanoeemllm.config import PRESETS, UserError, run_command
+from nanoeemllm.image import prepare_image
+from tests.make_golden import GOLDEN, SIZES, STRIDE, picture
+
+SOURCES = GOLDEN / "sources"
+EXPECTED = load_file(GOLDEN / "expected.safetensors")
+TOLERANCE = 1e-4
+
+
+def convert(*args) -> None:
+    convert_weights.convert(convert_weights.parse([str(arg) for arg in args]))
+
+
+def converted(tmp_path, *args, **load):
+    convert(*args, "--out", tmp_path / "model", "--dtype", "fp32")
+    return nanoeemllm.load(tmp_path / "model", device="cpu", **load)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+# ---- equal to the reference ----
+
+
+@pytest.mark.parametrize("name", ["vicuna", "llama3", "smollm2"])
+def test_llama_logits_and_greedy_ids(name, tmp_path):
+    model = converted(tmp_path, "--llm", SOURCES / name)
+    ids = EXPECTED[f"{name}.ids"].tolist()
+    assert difference(model.logits(ids), EXPECTED[f"{name}.logits"]) <= TOLERANCE
+    assert list(model.generate(ids, max_new_tokens=64, stop_ids=set())) == EXPECTED[f"{name}.greedy"].tolist()
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip_vision", "clip", "clip_vision", "idefics2"])
+def test_vision_features(name, tmp_path):
+    model = converted(tmp_path, "--llm", SOURCES / "smollm2", "--vision", SOURCES / name)
+    for size, (width, height) in SIZES.items():
+        patches, grid = prepare_image(picture(width, height), model.config.vision)
+        with torch.no_grad():
+            features = model.vision(patches, [grid])[::STRIDE]
+        assert difference(features, EXPECTED[f"{name}.{size}"]) <= TOLERANCE, size
+    assert model.projector.linear_1.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def renamed(folder: Path, out: Path, old: str, new: str, tower: str) -> Path:
+    """A LLaVA folder in the layout of another release."""
+    shutil.copytree(folder, out)
+    tensors = {}
+    for name, x in load_file(folder / "model.safetensors").items():
+        name = name.replace("language_model.lm_head.", "lm_head.") if new != old else name
+        name = name.replace(old, new).replace("vision_tower.", tower)
+        tensors["model." + name if new != old and name.startswith("multi_modal") else name] = x
+    save_file(tensors, out / "model.safetensors")
+    return out
+
+
+@pytest.mark.parametrize("layout", ["as saved", "older", "newer"])
+@pytest.mark.parametrize("images", ["one", "three"])
+def test_llava_under_both_visual_paths(layout, images, tmp_path):
+    folder, old = SOURCES / "llava", "language_model.model."
+    if layout == "older":
+        folder = renamed(folder, tmp_path / "source", old, old, "vision_tower.vision_model.")
+    elif layout == "newer":
+        folder = renamed(folder, tmp_path / "source", old, "model.language_model.", "model.vision_tower.vision_model.")
+    convert("--llava", folder, "--out", tmp_path / "model")
+    ids = EXPECTED[f"llava.{images}.ids"].tolist()
+    pictures = [picture(60 + 50 * i, 90) for i in range(ids.count(-200))]
+    for path in ("llava", "eemllm"):
+        model = nanoeemllm.load(tmp_path / "model", device="cpu", dtype=torch.float32, visual_path=path)
+        assert difference(model.logits(ids, pictures), EXPECTED[f"llava.{images}.{path}.logits"]) <= TOLERANCE
+        greedy = EXPECTED[f"llava.{images}.{path}.greedy"].tolist()
+        assert list(model.generate(ids, pictures, max_new_tokens=64, stop_ids=set())) == greedy
+    assert model.tokenizer.eos_id == 2 and model.config.chat_template == "vicuna_v1"
+    assert nanoeemllm.load(tmp_path / "model", device="cpu").config.visual_path.name == "llava"
+
+
+# ---- as published ----
+
+
+PUBLISHED = {  # config.json of lmsys/vicuna-7b-v1.5, text_config of llava-hf/llava-1.5-7b-hf, SmolLM2-135M-Instruct
+    "vicuna": {"architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "hidden_act": "silu", "hidden_size": 4096,
+               "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama",
+               "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1,
+               "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False, "vocab_size": 32000},
+    "llava": {"_name_or_path": "lmsys/vicuna-7b-v1.5", "max_position_embeddings": 4096, "model_type": "llama",
+              "rms_norm_eps": 1e-05, "torch_dtype": "float16", "vocab_size": 32064},
+    "smollm2": {"attention_bias": False, "hidden_act": "silu", "hidden_size": 576, "intermediate_size": 1536,
+                "is_llama_config": True, "max_position_embeddings": 8192, "model_type": "llama",
+                "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "rms_norm_eps": 1e-05,
+                "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True, "vocab_size": 49152},
+}
+
+
+def test_published_llama_configurations():
+    assert llama_config(Path("v"), PUBLISHED["vicuna"]) == PRESETS["eemllm-7b"].llama
+    assert llama_config(Path("l"), PUBLISHED["llava"]) == PRESETS["llava-1.5-7b"].llama
+    small = llama_config(Path("s"), PUBLISHED["smollm2"])
+    assert (small.head_dim, small.num_key_value_heads, small.rope_theta) == (64, 3, 1e5)
+    assert small.tie_word_embeddings
+
+
+@pytest.mark.parametrize("architecture, config, preset", [
+    ("SiglipModel", {"vision_config": {"hidden_size": 1152, "image_size": 384, "intermediate_size": 4304,
+                                       "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}},
+     "eemllm-7b"),
+    ("Idefics2ForConditionalGeneration",
+     {"vision_config": {"hidden_size": 1152, "image_size": 980, "intermediate_size": 4304, "model_type": "idefics2",
+                        "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14}}, "eemllm-7b-980"),
+    ("LlavaForConditionalGeneration",
+     {"vision_config": {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_hidden_layers": 24,
+                        "model_type": "clip_vision_model", "num_attention_heads": 16, "patch_size": 14,
+                        "projection_dim": 768, "vocab_size": 32000}, "vision_feature_layer": -2}, "llava-1.5-7b"),
+    ("LlavaForConditionalGeneration", {}, "llava-1.5-7b"),
+])
+def test_published_vision_configurations(architecture, config, preset, tmp_path):
+    source = object.__new__(convert_weights.Source)
+    source.folder, source.architecture, source.config = tmp_path, architecture, config
+    assert convert_weights.vision_config(source)[0] == PRESETS[preset].vision
+
+
+def test_stored_dtype_by_default_and_dtype_asked_for(tmp_path):
+    convert("--llm", SOURCES / "vicuna", "--out", tmp_path / "model")
+    assert nanoeemllm.load(tmp_path / "model", device="cpu").dtype == torch.float16
+    convert("--llm", SOURCES / "vicuna", "--out", tmp_path / "model", "--dtype", "bf16", "--force")
+    assert nanoeemllm.load(tmp_path / "model", device="cpu").dtype == torch.bfloat16
+
+
+def test_added_tokens_beside_tokenizer_model(tmp_path):
+    folder = shutil.copytree(SOURCES / "vicuna", tmp_path / "source")
+    (folder / "added_tokens.json").write_text('{"<pad>": 401, "<image>": 400}')
+    tokenizer = convert_weights.read_tokenizer(folder)
+    assert (tokenizer.special_id("<image>"), tokenizer.special_id("<pad>"), tokenizer.vocab_size) == (400, 401, 402)
+    (folder / "added_tokens.json").write_text('{"<pad>": 405}')
+    with pytest.raises(UserError, match="<pad>"):
+        convert_weights.read_tokenizer(folder)
+
+
+def test_shards_of_limited_size_load_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    model = converted(tmp_path, "--llm", SOURCES / "vicuna")
+    files = sorted((tmp_path / "model").glob("model-*.safetensors"))
+    assert len(files) > 3 and all(f"of-{len(files):05d}" in file.name for file in files)
+    assert difference(model.logits(EXPECTED["vicuna.ids"].tolist()), EXPECTED["vicuna.logits"]) <= TOLERANCE
+
+
+# ---- bad input ----
+
+
+@pytest.fixture
+def llm(tmp_path):
+    """A sharded source that a test may break."""
+    return shutil.copytree(SOURCES / "smollm2", tmp_path / "source")
+
+
+def refused(capsys, out: Path, *args) -> str:
+    """The one line of a conversion that ends with exit code 2 and leaves nothing behind."""
+    before = sorted(out.parent.rglob("*"))
+    with pytest.raises(SystemExit) as exit:
+        run_command(lambda: convert(*args, "--out", out))
+    assert exit.value.code == 2 and sorted(out.parent.rglob("*")) == before
+    message = capsys.readouterr().err.strip().splitlines()
+    assert len(message) == 1 and message[0].startswith("error: "), message
+    return message[0]
+
+
+def edit(path: Path, change) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00002-of-00003.safetensors"
+
+
+@pytest.mark.parametrize("missing", ["config.json", SHARD, "tokenizer.json", "source"])
+def test_missing_file(missing, llm, tmp_path, capsys):
+    target = llm if missing == "source" else llm / missing
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    assert missing in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+def test_no_weights(llm, tmp_path, capsys):
+    for file in llm.glob("model*"):
+        file.unlink()
+    assert "pytorch_model.bin" in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+def test_index_without_an_entry(llm, tmp_path, capsys):
+    edit(llm / INDEX, lambda index: index["weight_map"].pop("model.layers.1.mlp.up_proj.weight"))
+    assert "1 missing: model.layers.1.mlp.up_proj.weight" in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+def test_index_entry_without_a_tensor(llm, tmp_path, capsys):
+    edit(llm / INDEX, lambda index: index["weight_map"].update({"model.norm.bias": SHARD}))
+    assert "model.norm.bias" in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+@pytest.mark.parametrize("file", ["../source/" + SHARD, "/etc/passwd", "..", "", 3])
+def test_index_that_leaves_the_folder(file, llm, tmp_path, capsys):
+    edit(llm / INDEX, lambda index: index["weight_map"].update({"model.norm.weight": file}))
+    assert "not the name of a file" in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, 20000])
+def test_truncated_safetensors(keep, llm, tmp_path, capsys):
+    (llm / SHARD).write_bytes((llm / SHARD).read_bytes()[:keep])
+    assert SHARD in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+def test_tensors_that_do_not_fit(llm, tmp_path, capsys):
+    tensors = {name: x for file in llm.glob("*.safetensors") for name, x in load_file(file).items()}
+    for file in llm.glob("model*"):
+        file.unlink()
+    tensors["model.norm.weight"] = torch.zeros(5)
+    tensors |= {f"model.layers.0.self_attn.q_proj.bias{i}": torch.zeros(1) for i in range(12)}
+    del tensors["model.layers.0.mlp.gate_proj.weight"]
+    save_file(tensors, llm / "model.safetensors")
+    message = refused(capsys, tmp_path / "model", "--llm", llm)
+    assert "1 missing: model.layers.0.mlp.gate_proj.weight" in message
+    assert "12 unexpected: model.layers.0.self_attn.q_proj.bias0, " in message and message.count(".bias") == 10
+    assert "model.norm.weight is (5,), not (32,)" in message
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM is not supported here; supported: LlamaForCausalLM"),
+    ({"architectures": None}, "supported: LlamaForCausalLM"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+    ({"hidden_act": "gelu"}, "gelu"), ({"attention_bias": True}, "attention_bias"),
+    ({"num_attention_heads": "4"}, "num_attention_heads"), ({"num_hidden_layers": 0}, "num_hidden_layers"),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "low_freq_factor"), ({"num_key_value_heads": 3}, "3"),
+])
+def test_unsupported_configuration(change, said, llm, tmp_path, capsys):
+    edit(llm / "config.json", lambda config: config.update(change))
+    assert said in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+def test_broken_json(llm, tmp_path, capsys):
+    (llm / "config.json").write_text("{")
+    assert "config.json" in refused(capsys, tmp_path / "model", "--llm", llm)
+    (llm / "config.json").write_bytes(b"\xff\xfe[]")
+    assert "config.json" in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+class Malicious:
+    def __reduce__(self):
+        return eval, ("open('/tmp/nanoeemllm-pwned', 'w')",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle_with_code(zipped, llm, tmp_path, capsys):
+    for file in llm.glob("model*"):
+        file.unlink()
+    torch.save({"model.norm.weight": Malicious()}, llm / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert "can run any code" in refused(capsys, tmp_path / "model", "--llm", llm)
+    assert not Path("/tmp/nanoeemllm-pwned").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 1000, 20000])
+def test_truncated_bin(keep, tmp_path, capsys):
+    folder = shutil.copytree(SOURCES / "vicuna", tmp_path / "source")
+    file = folder / "pytorch_model-00001-of-00002.bin"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert "damaged" in refused(capsys, tmp_path / "model", "--llm", folder)
+
+
+def test_bins_of_the_oldest_format(tmp_path):
+    folder = shutil.copytree(SOURCES / "vicuna", tmp_path / "source")
+    for file in folder.glob("*.bin"):
+        torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+    model = converted(tmp_path, "--llm", folder)
+    assert difference(model.logits(EXPECTED["vicuna.ids"].tolist()), EXPECTED["vicuna.logits"]) <= TOLERANCE
+
+
+def test_full_disk(llm, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    assert "No space left on device" in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+def test_output_that_holds_something(llm, tmp_path, capsys):
+    convert("--llm", llm, "--out", tmp_path / "model")
+    assert "--force" in refused(capsys, tmp_path / "model", "--llm", llm)
+    convert("--llm", llm, "--out", tmp_path / "model", "--force")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["model", "source"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    assert "no model folder" in refused(capsys, other, "--llm", llm, "--force")
+
+
+def test_failing_halfway_keeps_the_old_model(llm, tmp_path, capsys, monkeypatch):
+    convert("--llm", llm, "--out", tmp_path / "model")
+    before = (tmp_path / "model" / "config.json").read_text()
+    monkeypatch.setattr(checkpoint, "_flush", lambda folder: (_ for _ in ()).throw(OSError(28, "full")))
+    refused(capsys, tmp_path / "model", "--llm", llm, "--dtype", "fp32", "--force")
+    assert (tmp_path / "model" / "config.json").read_text() == before
+
+
+def test_command_line(tmp_path):
+    """As a user runs it; and arguments that do not go together."""
+    script = Path(convert_weights.__file__)
+
+    def run(*args):
+        return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, cwd=tmp_path)
+    done = run("--llm", SOURCES / "smollm2", "--out", "new/smollm2")
+    assert done.returncode == 0 and "chatml" in done.stdout and (tmp_path / "new/smollm2/tokenizer.json").is_file()
+    failed = run("--llm", SOURCES / "nothing", "--out", "other")
+    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+    for args in (["--llava", "a", "--llm", "b"], ["--vision", "a"], ["--llava", "a", "--vision", "b"], []):
+        with pytest.raises(SystemExit):
+            convert_weights.parse([*args, "--out", "other"])
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    (lambda folder: edit(folder / "config.json", lambda c: c["llama"].update(num_hidden_layers=3)), "9 missing"),
+    (lambda folder: edit(folder / "config.json", lambda c: c.update(wings=2)), "wings"),
+    (lambda folder: edit(folder / checkpoint.INDEX, lambda i: i["weight_map"].update(x="../x")), "../x"),
+    (lambda folder: next(folder.glob("model-*.safetensors")).write_bytes(b"123"), "cut off"),
+    (lambda folder: next(folder.glob("model-*.safetensors")).unlink(), "no such file"),
+])
+def test_loading_a_broken_model_folder(damage, said, tmp_path):
+    convert("--llm", SOURCES / "smollm2", "--out", tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(UserError, match=said):
+        nanoeemllm.load(tmp_path / "model", device="cpu")
