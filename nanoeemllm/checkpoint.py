@@ -37,7 +37,7 @@ class Lazy(NamedTuple):
     load: Callable[[], Tensor]
 
 
-def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str | None = None):
+def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str | VisualPathConfig | None = None):
     """folder -> EEMLLM. device: the GPU if there is one; dtype: as stored; visual_path: as configured.
 
     Raises UserError for files that are missing, broken, or hold other tensors than config.json asks for.
@@ -46,7 +46,8 @@ def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str
     folder = Path(folder)
     config = ModelConfig.from_dict(read_json(folder / "config.json"))
     if visual_path is not None:
-        config = dataclasses.replace(config, visual_path=VisualPathConfig(visual_path))
+        visual_path = VisualPathConfig(visual_path) if isinstance(visual_path, str) else visual_path
+        config = dataclasses.replace(config, visual_path=visual_path)
     with torch.device("meta"):
         model = EEMLLM(config, Tokenizer(folder / "tokenizer.json"))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
