@@ -65,7 +65,7 @@ def save(tensors: Mapping[str, Tensor | Lazy], config: ModelConfig, tokenizer: T
     """Writes a model folder, in place of an older one. Raises UserError where the disk is full, or where
     folder holds something that is no model.
     """
-    with written_aside(Path(folder)) as aside:
+    with written_aside(Path(folder).absolute()) as aside:
         shards, size = [[]], 0
         for name, x in tensors.items():
             more = x.dtype.itemsize * torch.Size(x.shape).numel()
@@ -103,6 +103,8 @@ def written_aside(folder: Path):
             raise UserError(f"cannot write {folder}: {os.strerror(error.errno)}") from None
         raise
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -125,19 +127,17 @@ def _write_shard(path: Path, tensors: dict[str, Tensor | Lazy]) -> None:
         for x in tensors.values():
             x = x.load() if isinstance(x, Lazy) else x
             file.write(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+    _flush(path)
 
 
 def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(data)
+    _flush(path)
 
 
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Onto the disk: a file's bytes, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from nanoeemllm.config import UserError, VisionConfig
@@ -35,7 +35,8 @@ def load_image(file) -> Image.Image:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except Exception as error:  # Pillow's readers raise almost anything on broken files
-        raise UserError(f"{where}: not a picture that can be read ({error})") from None
+        why = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{where}: not a picture that can be read ({why})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

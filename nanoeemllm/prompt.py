@@ -1,13 +1,11 @@
 """From a conversation to token ids, and from ids back to words.
 
-`encode_conversation` makes the ids and the learned-from mask together, token by token, so that they cannot
-drift apart. A template is data: what stands before and after each speaker's words. Its special tokens, written
-`<|name|>`, become ids; the same characters in a user's text stay text. In the ids of a conversation an image
-is one IMAGE_TOKEN. Under "vicuna_v1", with . for not learned and # for learned:
+`encode_conversation` makes the ids and the learned-from mask together, token by token, so that they cannot drift
+apart. A template is data: what stands before and after each speaker's words. Its special tokens, written `<|name|>`,
+become ids; the same characters in a user's text stay text. An image is one IMAGE_TOKEN. "vicuna_v1", # is learned:
 
-    <s>A chat ... questions. USER: <image>\\nWhat is it? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes.</s>
-    ...............................................................#######################################
-                                                       (of the second round only " Yes.</s>" is learned)
+    <s>A chat ... questions. USER: <image> What is it? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes.</s>
+    .............................................................###########......................#########
 
 Text is tokenized in stretches that end at special tokens, at images and where the assistant begins to speak.
 So a prompt's ids are always the beginning of the ids that the model was trained on.
@@ -90,35 +88,37 @@ class Tokenizer:
         return self._tokenizer.decode([i for i in ids if 0 <= i < self.vocab_size])
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yields the text of ids as they come, never half a character; the pieces joined are decode(ids)."""
-        before, new = [], []  # the decoder needs the last piece's ids to place spaces rightly
+        """Yields the text of ids as they come, never half a character; joined, the pieces are decode(ids)."""
+        before, new = [], []
         for i in ids:
             new.append(i)
-            piece = self.decode(before + new)[len(self.decode(before)):]
+            piece = self._continue(before, new)
             if piece and not piece.endswith("\ufffd"):  # U+FFFD: the bytes so far end inside a character
                 yield piece
                 before, new = new, []
         if new:
-            yield self.decode(before + new)[len(self.decode(before)):]
+            yield self._continue(before, new)
 
-    def has(self, name: str) -> bool:
-        return self._tokenizer.token_to_id(name) is not None
+    def _continue(self, before: list[int], new: list[int]) -> str:
+        """Text of new where it follows before, which the decoder needs to place spaces rightly."""
+        start, whole = self.decode(before), self.decode(before + new)
+        return whole[len(start):] if whole.startswith(start) else self.decode(new)  # bytes that make no character
 
     def special_id(self, name: str) -> int:
         """Id of a template's special token. Raises UserError where the tokenizer has none of that name."""
         if not self.has(name):
-            raise UserError(f"the tokenizer has no token {name}: choose another chat template of "
-                            + ", ".join(TEMPLATES))
+            raise UserError(f"the tokenizer has no token {name}: choose another chat template ({', '.join(TEMPLATES)})")
         return self._tokenizer.token_to_id(name)
 
     def end_id(self, template: str) -> int:
-        """The token that ends what the assistant says."""
-        end = _template(template).end
-        return self.special_id(end) if end else self.eos_id
+        """The token that ends what the assistant says. Generation stops at it and at the tokenizer's own: stop_ids."""
+        return self.special_id(_template(template).end) if _template(template).end else self.eos_id
 
     def stop_ids(self, template: str) -> set[int]:
-        """Tokens at which generation stops."""
         return {self.eos_id, self.end_id(template)}
+
+    def has(self, token: str) -> bool:
+        return self._tokenizer.token_to_id(token) is not None
 
     def to_json(self) -> str:
         return self._tokenizer.to_str(pretty=False)
@@ -126,9 +126,7 @@ class Tokenizer:
 
 def encode_text(tokenizer: Tokenizer, text: str, bos: bool = False) -> list[int]:
     """Ids of a text as it stands, under no template; each `<image>` in it is one IMAGE_TOKEN."""
-    writer = _Writer(tokenizer)
-    if bos and tokenizer.bos_id is not None:
-        writer.token(tokenizer.bos_id, prefix=True)
+    writer = _Writer(tokenizer, bos)
     writer.words(text)
     writer.flush()
     return writer.ids
@@ -137,8 +135,8 @@ def encode_text(tokenizer: Tokenizer, text: str, bos: bool = False) -> list[int]
 def encode_conversation(tokenizer: Tokenizer, conversation: list[dict], template: str) -> tuple[list[int], list[bool]]:
     """Ids and, for each, whether it is to be learned: the assistant's words and its end token.
 
-    conversation: [{"from": "human" | "gpt", "value": text}, ...] in turns, human first, gpt last; a first
-    turn "system" replaces the template's own. Raises UserError for any other order.
+    conversation: [{"from": "human" | "gpt", "value": text}, ...] in turns, gpt last; a first turn "system" replaces
+    the template's own. Raises UserError for any other order.
     """
     writer = _write(tokenizer, conversation, template)
     if conversation[-1]["from"] != "gpt":
@@ -147,7 +145,7 @@ def encode_conversation(tokenizer: Tokenizer, conversation: list[dict], template
 
 
 def encode_prompt(tokenizer: Tokenizer, turns: str | list[dict], template: str) -> list[int]:
-    """Ids up to where the assistant begins to speak. turns: as above but human last, or one human text."""
+    """Ids up to where the assistant begins to speak. turns: as above with human last, or one human text."""
     turns = [{"from": "human", "value": turns}] if isinstance(turns, str) else turns
     writer = _write(tokenizer, turns, template)
     if turns[-1]["from"] != "human":
@@ -158,16 +156,14 @@ def encode_prompt(tokenizer: Tokenizer, turns: str | list[dict], template: str) 
 
 
 def _write(tokenizer: Tokenizer, turns: list[dict], name: str) -> "_Writer":
-    template, writer = _template(name), _Writer(tokenizer)
     if not turns:
         raise UserError("the conversation is empty")
-    system = template.system
+    template = _template(name)
+    writer, system = _Writer(tokenizer, template.bos), template.system
     if turns[0]["from"] == "system":
         system, turns = turns[0]["value"], turns[1:]
     elif turns[0]["from"] == "gpt":
         turns = turns[1:]  # LLaVA passes over an assistant that speaks first
-    if template.bos and tokenizer.bos_id is not None:
-        writer.token(tokenizer.bos_id, prefix=True)
     if system:
         writer.template(template.system_turn, system)
     for i, turn in enumerate(turns):
@@ -187,10 +183,7 @@ def _write(tokenizer: Tokenizer, turns: list[dict], name: str) -> "_Writer":
 
 
 def _arrange_images(text: str, template: str) -> str:
-    """What LLaVA does to a human's text: stage 1 keeps the images alone, v1 puts a single image in front.
-
-    (LLaVA keeps only the first of several images in one turn; here they stay where they stand.)
-    """
+    """What LLaVA does to a human's text: stage 1 keeps the images alone, v1 puts a turn's only image in front."""
     images = text.count(IMAGE_TEXT)
     if template == "plain" and images:
         return IMAGE_TEXT * images + "\n"
@@ -202,9 +195,10 @@ def _arrange_images(text: str, template: str) -> str:
 class _Writer:
     """Collects ids and mask; text waits until its stretch is complete."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.ids, self.learned = tokenizer, [], []
-        self.text, self.prefix = "", True
+    def __init__(self, tokenizer: Tokenizer, bos: bool):
+        self.tokenizer, self.text, self.prefix = tokenizer, "", True
+        self.ids = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
+        self.learned = [False] * len(self.ids)
 
     def template(self, text: str, words: str = ""):
         """A template's text; {} in it is replaced by words, which hold no special tokens."""
@@ -243,10 +237,8 @@ def _template(name: str) -> Template:
 
 
 def _without_prefix(tokenizer: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, bool]:
-    """A copy that puts no dummy space before a text; and whether text behind a special token gets one.
-
-    The space comes from a Prepend normalizer or from Metaspace, whose scheme "first" means: at the very
-    beginning only (transformers calls this legacy=False).
+    """A copy that puts no dummy space before a text; and whether text behind a special token gets one. It comes from
+    a Prepend normalizer or from Metaspace, whose scheme "first" means: not behind a special token ("legacy": false).
     """
     data, everywhere = json.loads(tokenizer.to_str()), True
     normalizer, splitter = data["normalizer"] or {}, data["pre_tokenizer"] or {}

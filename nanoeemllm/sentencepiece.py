@@ -51,15 +51,15 @@ def read_sentencepiece(path: Path, prefix_everywhere: bool = True) -> tokenizers
     prefix, escape = _number(normalizer, 3, 1) == 1, _number(normalizer, 5, 1) == 1
     tokenizer.normalizer = _normalizer(normalizer, SPACE if escape else " ", prefix)
     splits = []
+    if prefix and not prefix_everywhere:
+        # adds nothing, as the normalizer has put a space there; prompt.Tokenizer reads "first" off it
+        splits.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
     if joined:
         patterns = [re.escape(text) for text in sorted(joined, key=len, reverse=True)]
         # "</s>" written as text must not stand alone, or ignore_merges would read it as the control token
         patterns += [f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text, _, kind in pieces
                      if kind in (UNKNOWN, CONTROL, BYTE)]
         splits.append(pre_tokenizers.Split(Regex("|".join(patterns)), "isolated"))
-    if prefix and not prefix_everywhere:
-        # adds nothing, as the normalizer has put a space there; prompt.Tokenizer reads "first" off it
-        splits.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
     if splits:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
@@ -86,7 +86,7 @@ def _normalizer(spec: dict, space: str, prefix: bool) -> normalizers.Normalizer:
     if spec.get(2, [b""])[0]:
         steps.append(normalizers.Precompiled(spec[2][0]))
     if _number(spec, 4, 1):
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(rf"\A +|[ {space}]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if prefix:
         steps.append(normalizers.Prepend(space))
     if space != " ":

@@ -40,8 +40,8 @@ def text_ids(seed: int, length: int, vocab: int) -> list[int]:
 TEXTS = ["", " ", "  ", "a", " a", "a ", "Hello world", "the cat  is   red", "    four", "\n", "\t", "a\nb\r\n c\td",
          " \n ", "caf\u00e9 na\u00efve \u00c5", "e\u0301", "\u65e5\u672c\u8a9e\u306e\u6587",
          "\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467 x", "<s>", "</s>", "x</s>y <unk>", "<s></s>", "<0x0A>",
-         "a\0b", "\x01\x1b\x7f", "\u00a0\u3000\u200b", "\u2581a\u2581", "12345.678", "aaaaaaa", "ababababab", "\ufb01 \u00bd",
-         "USER: what? ASSISTANT: it is.", "<sep>", "a<sep>b <sep> </s><sep>", "\U0001d4d0\ud7ff\ue000",
+         "a\0b", "\x01\x1b\x7f", "\u00a0\u3000\u200b", "\u2581a\u2581", "12345.678", "aaaaaaa", "ababababab",
+         "\ufb01 \u00bd", "USER: what? ASSISTANT: it is.", "<sep>", "a<sep>b <sep> </s><sep>", "\U0001d4d0\ud7ff\ue000",
          "def f(x):\n    return x  # no"]
 CONVERSATIONS = {
     "one turn": [("human", "What is it?"), ("gpt", "It is a cat.")],
@@ -57,9 +57,9 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 
 def corpus() -> list[str]:
     rng = np.random.default_rng(0)
-    words = ("the a cat dog red blue is it not what in picture USER ASSISTANT question answer caf\u00e9 na\u00efve 42 and "
-             "aa aaa abab helpful polite curious assistant artificial intelligence chat between user gives detailed Hello "
-             "world").split()
+    words = ("the a cat dog red blue is it not what in picture USER ASSISTANT question answer caf\u00e9 na\u00efve 42 "
+             "and aa aaa abab helpful polite curious assistant artificial intelligence chat between user gives "
+             "detailed Hello world").split()
     ends = [".", "?", ":", " ", ""]
     return [" ".join(rng.choice(words, rng.integers(1, 9))) + str(rng.choice(ends)) for _ in range(3000)]
 
@@ -93,8 +93,8 @@ def make_tokenizers() -> dict:
         path = folder / ("tokenizer" if name == "vicuna" else name)
         sentencepiece.SentencePieceTrainer.train(
             input=str(GOLDEN / "corpus.txt"), model_prefix=str(path), vocab_size=400, model_type="bpe",
-            byte_fallback=True, normalization_rule_name="identity", split_digits=True, allow_whitespace_only_pieces=True, minloglevel=2,
-            **({"remove_extra_whitespaces": False} | settings))
+            byte_fallback=True, normalization_rule_name="identity", split_digits=True,
+            allow_whitespace_only_pieces=True, minloglevel=2, **({"remove_extra_whitespaces": False} | settings))
         path.with_suffix(".vocab").unlink()
         model = sentencepiece.SentencePieceProcessor(model_file=str(path.with_suffix(".model")))
         result["sentencepiece"][name] = [model.encode(text) for text in TEXTS]
@@ -201,7 +201,7 @@ def make_llamas(expected: dict):
         expected |= {f"{name}.ids": torch.tensor(ids), f"{name}.logits": step(ids), f"{name}.greedy": greedy(step, ids)}
         model.to(dtype).save_pretrained(source(name), max_shard_size="20KB" if name == "smollm2" else "5GB")
     published_vicuna(source("vicuna"))
-    edit(source("llama3"), {"rope_theta": llama3.pop("rope_theta"), "rope_scaling": llama3}, remove=("rope_parameters",))
+    edit(source("llama3"), {"rope_theta": llama3.pop("rope_theta"), "rope_scaling": llama3}, ("rope_parameters",))
     byte_level(source("llama3"), ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
                                   "<|eot_id|>"], 320)
     byte_level(source("smollm2"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], 330)

@@ -104,7 +104,8 @@ PUBLISHED = {  # config.json of lmsys/vicuna-7b-v1.5, text_config of llava-hf/ll
     "smollm2": {"attention_bias": False, "hidden_act": "silu", "hidden_size": 576, "intermediate_size": 1536,
                 "is_llama_config": True, "max_position_embeddings": 8192, "model_type": "llama",
                 "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "rms_norm_eps": 1e-05,
-                "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True, "vocab_size": 49152},
+                "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
+                "tie_word_embeddings": True, "vocab_size": 49152},
 }
 
 
