@@ -156,20 +156,23 @@ def token_cost(config: ModelConfig) -> Callable[[int, list[int]], float]:
     """Training work of a sample, in units of one text token's linear layers: f(text tokens, visual tokens per picture).
 
     Two operations a weight and row, and 4 H D a pair of query and key, so 2 H D weights; the decoder runs forward and
-    backward, 3 times a forward pass, the frozen encoder forward alone.
+    backward, 3 times a forward pass, the frozen encoder forward alone. Made to compare samples; bench.py counts exactly
+    (eemllm-f and yopo are taken for llava here, of which they save a part).
     """
     llama, vision, path = config.llama, config.vision, config.visual_path
     width, heads = llama.hidden_size, llama.num_attention_heads * llama.head_dim
     query_and_out, ffn = 2 * width * heads, 3 * width * llama.intermediate_size
     key_value = 2 * width * llama.num_key_value_heads * llama.head_dim
-    text_row = visual_row = query_and_out + key_value + ffn
-    if path.name == "eemllm":
-        visual_row = key_value + ("o" in path.aligner) * query_and_out // 2 + ("f" in path.aligner) * ffn
+    text_row = query_and_out + key_value + ffn
+    aligner = ("o" in path.aligner) * query_and_out // 2 + ("f" in path.aligner) * ffn
+    visual_row = {"eemllm": key_value + aligner, "naavit": key_value + ffn, "flamingo": key_value,
+                  "saisa": key_value + width * (vision.hidden_size + width) if vision else 0}.get(path.name, text_row)
+    attends = path.name in ("llava", "eemllm-f", "yopo")
     patch_row = 4 * vision.hidden_size ** 2 + 2 * vision.hidden_size * vision.intermediate_size if vision else 0
 
     def cost(text: int, pictures: list[int]) -> float:
         visual = sum(pictures)
-        pairs = text ** 2 / 2 + text * visual + (visual ** 2 / 2 if path.name == "llava" else 0)
+        pairs = text ** 2 / 2 + text * visual + attends * visual ** 2 / 2
         work = text * text_row + visual * visual_row + 2 * heads * pairs
         if vision and visual:
             patch_pairs = 2 * vision.hidden_size * sum(n ** 2 for n in pictures)
