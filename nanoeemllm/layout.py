@@ -10,6 +10,7 @@ stood. One sample `a b <image> c` with a picture of three tokens:
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,15 @@ from torch import Tensor
 
 from nanoeemllm.attention import Run
 from nanoeemllm.config import IMAGE_TOKEN, UserError
+
+
+class PlacedPicture(NamedTuple):
+    """Where one picture stands in a packed batch."""
+    rows: slice          # its visual rows
+    grid: tuple[int, int]
+    sample: int
+    before: slice        # the text rows of its sample that stand before it
+    after: slice         # those from it to the sample's next picture, or to the end
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,31 @@ class Layout:
         return torch.empty_like(self.merge).scatter_(0, self.merge, torch.arange(len(self.merge),
                                                                                 device=self.merge.device))
 
+    @cached_property
+    def pictures(self) -> list[PlacedPicture]:
+        """Sample by sample, in order. On a GPU the host waits here."""
+        found, grids = [], iter(self.grids)
+        text_position, visual_position = self.text.position.tolist(), self.visual.position.tolist()
+        bounds = zip(*(t.tolist() for run in (self.text, self.visual) for t in (run.start, run.length)))
+        for sample, (t, t_length, v, v_length) in enumerate(bounds):
+            place, t_end, v_end = t, t + t_length, v + v_length
+            while v < v_end:
+                h, w = grid = next(grids)
+                rows, v = slice(v, v + h * w), v + h * w
+                while place < t_end and text_position[place] < visual_position[rows.start]:
+                    place += 1
+                stop = place
+                while stop < t_end and (v == v_end or text_position[stop] < visual_position[v]):
+                    stop += 1
+                found.append(PlacedPicture(rows, grid, sample, slice(t, place), slice(place, stop)))
+        return found
+
+    @cached_property
+    def picture_runs(self) -> tuple[Run, Run]:
+        """One run a picture: the text rows from it to the next, and its visual rows."""
+        pictures = self.pictures
+        return run_of([p.after for p in pictures], self.text), run_of([p.rows for p in pictures], self.visual)
+
     def to(self, device) -> "Layout":
         move = lambda run: Run(*(t.to(device, non_blocking=True) for t in run[:3]), run.max_length)
         return Layout(move(self.text), move(self.visual), self.grids)
@@ -76,6 +111,13 @@ def build_layout(samples: list[list[int]], grids: list[list[tuple[int, int]]]) -
             [np.arange(s, s + n) for s, n in zip(start[is_image], length[is_image])] or [np.zeros(0, np.int64)]))
     layout = Layout(_packed_run(text_position), _packed_run(visual_position), [g for sizes in grids for g in sizes])
     return torch.from_numpy(np.concatenate(ids)), layout
+
+
+def run_of(rows: list[slice], like: Run) -> Run:
+    """Slices of like's rows, as a run."""
+    bounds = torch.tensor([(r.start, r.stop - r.start) for r in rows], dtype=torch.int32).reshape(-1, 2)
+    start, length = bounds.to(like.start.device).unbind(1)
+    return Run(start, length, like.position, max((r.stop - r.start for r in rows), default=0))
 
 
 def _packed_run(positions: list[np.ndarray]) -> Run:

@@ -12,25 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoeemllm.config import IMAGE_TOKEN, ModelConfig, UserError
+from nanoeemllm.config import IMAGE_TOKEN, ModelConfig, UserError, VisualPathConfig
 from nanoeemllm.decoder import Decoder, KVCache
 from nanoeemllm.generation import Sampling, generate_steps
 from nanoeemllm.image import prepare_image
 from nanoeemllm.layout import Layout, build_layout
 from nanoeemllm.prompt import Tokenizer, encode_text
 from nanoeemllm.vision import VisionTransformer
-
-
-class Projector(nn.Module):
-    """Picture features (P, width) -> visual tokens (P, C): linear, GELU, linear (LLaVA-1.5)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.linear_1 = nn.Linear(config.vision.hidden_size, config.llama.hidden_size)
-        self.linear_2 = nn.Linear(config.llama.hidden_size, config.llama.hidden_size)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(features)))
+from nanoeemllm.visual_path import Projector
 
 
 @dataclass(frozen=True)
@@ -74,8 +63,12 @@ class EEMLLM(nn.Module):
         self.config, self.tokenizer = config, tokenizer
         if config.vision is not None:
             self.vision = VisionTransformer(config.vision)
-            self.projector = Projector(config)
-        self.decoder = Decoder(config.llama, config.visual_path)
+            decoder = Decoder(config.llama, config.visual_path, config.vision.hidden_size)
+            if not decoder.path.takes_features:
+                self.projector = Projector(config.vision.hidden_size, config.llama.hidden_size)
+        else:
+            decoder = Decoder(config.llama, VisualPathConfig())          # text alone: no path has anything to do
+        self.decoder = decoder
 
     @property
     def device(self) -> torch.device:
@@ -107,11 +100,13 @@ class EEMLLM(nn.Module):
                                reduction="sum")
 
     def visual_tokens(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:
-        """(P, 3*p*p) -> (V, C). Runs on no pictures too: under FSDP every rank must make the same calls."""
+        """(P, 3*p*p) -> (V, C), or the features as they are if the path projects them itself. Runs on no pictures too:
+        under FSDP every rank must make the same calls."""
         if self.config.vision is None:
             return self.decoder.norm.weight.new_zeros(0, self.config.llama.hidden_size)
         patches = patches.reshape(-1, self.config.vision.patch_dim).to(self.dtype)
-        return self.projector(self.vision(patches, grids))
+        features = self.vision(patches, grids)
+        return features if self.decoder.path.takes_features else self.projector(features)
 
     # ---- answers ----
 
