@@ -43,6 +43,7 @@ def composite_attention(q: Tensor, k_visual: Tensor, v_visual: Tensor, k_text: T
 
 def attention_reference(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale=None) -> Tensor:
     """The rule, sample by sample, with every score in memory. Same arguments and result as composite_attention."""
+    check_attention_inputs(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k_text.shape[1]
     out = torch.zeros_like(q)
@@ -73,6 +74,7 @@ _RECTANGLE = 2 ** 25        # scores up to which a batch goes as one padded rect
 def _in_pytorch(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale) -> Tensor:
     """Many small samples go as one padded rectangle, since a loop over them would cost more than the arithmetic;
     long ones go block by block, each with the keys it can see."""
+    check_attention_inputs(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
     scores = len(query.start) * query.max_length * (visual.max_length + text.max_length) * q.shape[1]
     if len(query.start) == 1 and query.max_length > 1 or scores > _RECTANGLE:
         return _blocks(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)

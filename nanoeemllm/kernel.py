@@ -1,35 +1,32 @@
-"""The attention rule of attention.py as Triton kernels: forward, split-key decoding, backward.
+"""The attention rule of attention.py as a Triton kernel: training, prefill, and decoding with split keys.
 
-WHAT IS COMPUTED. Every sample owns a run of query rows and two runs of keys and values, visual and text, each
-given by (start, length) into its own packed tensor, and every row has a position. A query sees a key of its
-sample iff the key's position is <= its own. Keys are sorted by position within each run, so what a query sees is
-a prefix of the visual run and a prefix of the text run. Text, a picture, text, another picture, text:
+WHAT IS COMPUTED. Every sample owns a run of query rows and two runs of keys and values, visual and text, each given
+by (start, length) into its own packed tensor, and every row has a position. A query sees a key of its sample iff the
+key's position is <= its own. Positions never fall within a run, so what a query sees is a prefix of the visual run
+and a prefix of the text run. Two words, a picture, two words, a second picture, two words:
 
-                     visual keys         text keys
-    query position   2 3 4   7 8 9       0 1   5 6   10 11        a tile of queries 0 1 5 6 and a tile of 10 11:
-         0           . . .   . . .       1 .   . .    .  .
-         1           . . .   . . .       1 1   . .    .  .            visual         text
-         5           1 1 1   . . .       1 1   1 .    .  .        |----|          |##|
-         6           1 1 1   . . .       1 1   1 1    .  .        |####|          |####|
-        10           1 1 1   1 1 1       1 1   1 1    1  .        |::::::::::|    |:::::#|
-        11           1 1 1   1 1 1       1 1   1 1    1  1        |::::::::::|    |::::::|
+                      visual keys          text keys
+    query position    2 3 4   7 8 9        0 1   5 6   10 11
+          0           . . .   . . .        : .   . .    .  .  \
+          1           . . .   . . .        : #   . .    .  .   |  tile of four queries
+          5           # # #   . . .        : #   # .    .  .   |
+          6           # # #   . . .        : #   # #    .  .  /
+         10           : : :   : : :        : :   : :    :  .  \   tile of the next two
+         11           : : :   : : :        : :   : :    :  #  /
 
-HOW. One program takes a tile of BLOCK_M query rows and walks the two runs in blocks of BLOCK_N keys. Two searches
-on the sorted positions tell it, for each run, how many keys its *first* query sees (every row of the tile sees
-those: `::` above, no mask), and how many its *last* query sees (the staircase between the two: `##`, masked). What
-lies beyond is never loaded. The running softmax is the one of FlashAttention (Dao 2023, algorithm 1), in base 2.
+HOW. One program takes a tile of BLOCK_M query rows and walks both runs in blocks of BLOCK_N keys. Two searches in the
+sorted positions tell it, for each run, how many keys the tile's first query sees (so does every row of the tile:
+columns of `:`, no mask) and how many its last query sees (the staircase in between, `#`, masked). What lies beyond
+is never loaded. The running softmax is FlashAttention's (Dao 2023, algorithm 1), in base 2. Grouped heads: the H // G
+query heads that share a key head are packed into the tile as rows (query 0 head 0, query 0 head 1, ..., query 1
+head 0, ...), so that one load of a key block serves them all.
 
-Grouped heads: the H // G query heads that share a key head are packed into one tile as rows (query 0 head 0,
-query 0 head 1, ..., query 1 head 0, ...), so that a block of keys is loaded once for all of them.
+FEW QUERIES, MANY KEYS. Tiles x G x B programs would leave most of the GPU idle, so `splits` programs share the keys
+of one tile. Each leaves a normalised partial result and the log2 of its softmax sum, and `combine_kernel` weighs them
+together. Whatever sizes a launch is known to the host, while starts, lengths and positions stay on the device: no
+synchronisation, and decoding from a cache that grows in place can be recorded in a CUDA graph.
 
-Few queries, many keys: the programs (tiles x G x B) would not fill the GPU, so `splits` programs share the keys of
-one tile. Each leaves a normalised partial result and the log2 of its softmax sum; `combine_kernel` weighs them
-together. Everything that sizes a launch is known to the host; lengths and positions stay on the device, hence no
-synchronisation, and decoding from a cache whose lengths grow in place can be recorded in a CUDA graph.
-
-Backward: `delta_kernel`, then one kernel with a tile of queries that walks the keys (dq), and one with a tile of
-keys that walks the queries (dk, dv; launched for the visual and for the text run). Each row is written by one
-program, without atomics: the same inputs give the same bits.
+The gradients are in kernel_backward.py.
 """
 
 import functools
@@ -46,7 +43,6 @@ from nanoeemllm.attention import Run, check_attention_inputs
 LOG2_E = 1 / math.log(2)
 LOWEST = tl.constexpr(-3.0e38)  # stands for "no key yet": unlike -inf it can be subtracted from itself
 FAR = tl.constexpr(2 ** 31 - 1)  # a position beyond every query
-BEFORE = tl.constexpr(-(2 ** 31))  # a position before every key
 
 
 class Rows(NamedTuple):
@@ -59,9 +55,9 @@ class Rows(NamedTuple):
 class Keys(NamedTuple):
     """A run of keys as a kernel sees it, with the strides of the two tensors in elements."""
     k: Tensor
-    v: Tensor
     k_row: int
     k_head: int
+    v: Tensor
     v_row: int
     v_head: int
     start: Tensor
@@ -143,7 +139,7 @@ def query_tile(query, sample, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     start = tl.load(query.start + sample)
     end = tl.load(query.length + sample) * GROUP
     row, r, h, inside = packed_rows(start, tile * BLOCK_M, end, GROUP, BLOCK_M)
-    position = tl.load(query.position + row + r, mask=inside, other=BEFORE)
+    position = tl.load(query.position + row + r, mask=inside, other=-1)
     last = start + (tl.minimum((tile + 1) * BLOCK_M, end) - 1) // GROUP
     return row, r, h, inside, position, tl.load(query.position + row), tl.load(query.position + last)
 
@@ -151,31 +147,23 @@ def query_tile(query, sample, tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 # ---- forward ----
 
 @triton.jit
-def see(q, q_position, acc, top, total, keys, group, start, low, high, scale_log2,
-        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """Carry the running softmax over keys low..high: acc = sum of 2^(s - top) v, total = sum of 2^(s - top)."""
-    for n in range(low, high, BLOCK_N):
-        k, v = load_keys(keys, start + n, group, high - n, D, BLOCK_D, BLOCK_N, MASKED)
-        s = tl.dot(q, k.T, input_precision="ieee")
-        if MASKED:
-            s = tl.where(visible(keys, start + n, high - n, q_position, BLOCK_N), s, -float("inf"))
-        new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
-        p = tl.exp2(s * scale_log2 - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
-    return acc, top, total
-
-
-@triton.jit
 def see_run(q, q_position, first, last, acc, top, total, keys, sample, group, split, splits, scale_log2,
             D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Carry the running softmax over a run of keys: acc = sum of 2^(s - top) v, total = sum of 2^(s - top)."""
     start, low, middle, high = key_range(keys, sample, first, last, split, splits, BLOCK_N)
-    acc, top, total = see(q, q_position, acc, top, total, keys, group, start, low, middle, scale_log2,
-                          D, BLOCK_D, BLOCK_N, False)
-    return see(q, q_position, acc, top, total, keys, group, start, middle, high, scale_log2,
-               D, BLOCK_D, BLOCK_N, True)
+    for MASKED in tl.static_range(2):
+        for n in range(middle if MASKED else low, high if MASKED else middle, BLOCK_N):
+            k, v = load_keys(keys, start + n, group, high - n, D, BLOCK_D, BLOCK_N, MASKED)
+            s = tl.dot(q, k.T, input_precision="ieee")
+            if MASKED:
+                s = tl.where(visible(keys, start + n, high - n, q_position, BLOCK_N), s, -float("inf"))
+            new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
+            p = tl.exp2(s * scale_log2 - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+            top = new_top
+    return acc, top, total
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -228,194 +216,100 @@ def combine_kernel(partial, partial_lse, out, lse, rows_heads, splits,
     tl.store(lse + at, top + tl.log2(total))
 
 
-# ---- backward. With s = scale q k^T, p = softmax(s), o = p v, and do the gradient of o:
-#          dv = p^T do     dp = do v^T     ds = p (dp - delta), delta = rowsum(do o)     dq = scale ds k     dk = scale ds^T q
+# ---- which tile sizes to try ----
 
-@triton.jit(do_not_specialize=["rows_heads"])
-def delta_kernel(out, dout, delta, rows_heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """delta = rowsum(do o) = rowsum(p dp): what the softmax's normalisation takes back from ds."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o = load_tile(out, at * D, at < rows_heads, D, BLOCK_D, True).to(tl.float32)
-    do = load_tile(dout, at * D, at < rows_heads, D, BLOCK_D, True).to(tl.float32)
-    tl.store(delta + at, tl.sum(o * do, 1), mask=at < rows_heads)
+class Tile(NamedTuple):
+    capability: int  # oldest GPU that it is meant for: 8 is Ampere and Ada, 9 is Hopper
+    BLOCK_M: int
+    BLOCK_N: int
+    warps: int
+    stages: int
 
 
-@triton.jit
-def see_backward(q, do, lse, delta, q_position, dq, keys, group, start, low, high, scale_log2,
-                 D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    for n in range(low, high, BLOCK_N):
-        k, v = load_keys(keys, start + n, group, high - n, D, BLOCK_D, BLOCK_N, MASKED)
-        s = tl.dot(q, k.T, input_precision="ieee")
-        p = tl.exp2(s * scale_log2 - lse[:, None])                                     # p = softmax(s)
-        if MASKED:
-            p = tl.where(visible(keys, start + n, high - n, q_position, BLOCK_N), p, 0.0)
-        dp = tl.dot(do, v.T, input_precision="ieee")                                   # dp = do v^T
-        ds = p * (dp - delta[:, None])                                                 # ds = p (dp - delta)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")                     # dq = ds k, scaled at the end
-    return dq
+FORWARD = [Tile(8, 64, 64, 4, 3), Tile(8, 128, 32, 8, 3), Tile(9, 128, 64, 8, 3), Tile(9, 128, 128, 8, 2)]
+FORWARD_FEW = [Tile(8, 16, 64, 4, 3), Tile(8, 16, 32, 4, 3), Tile(9, 64, 64, 4, 3)]
+SMALL = Tile(8, 16, 32, 4, 1)  # what fits everywhere, and for float32, which has no tensor cores to feed
+FEW = 16                       # packed query rows up to which a call counts as "few queries"
 
 
-@triton.jit
-def see_run_backward(q, do, lse, delta, q_position, first, last, dq, keys, sample, group, scale_log2,
-                     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    start, low, middle, high = key_range(keys, sample, first, last, 0, 1, BLOCK_N)
-    dq = see_backward(q, do, lse, delta, q_position, dq, keys, group, start, low, middle, scale_log2,
-                      D, BLOCK_D, BLOCK_N, False)
-    return see_backward(q, do, lse, delta, q_position, dq, keys, group, start, middle, high, scale_log2,
-                        D, BLOCK_D, BLOCK_N, True)
+def tuned(kernel, tiles: list[Tile], tile_rows):
+    """`kernel` with the fastest of `tiles`, measured once for each head width and dtype, never for a length.
 
+    tile_rows(tile) is how many rows of keys, values, ... a program keeps in shared memory: what fits is tried.
+    """
+    def config(tile):
+        return triton.Config({"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N}, tile.warps, tile.stages)
 
-@triton.jit
-def backward_query_kernel(q, q_row, q_head, query, visual, text, dout, lse, delta, dq, scale, scale_log2,
-                          D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dq (N, H, D), on the forward's walk."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    group = tl.program_id(1)
-    heads = tl.num_programs(1) * GROUP
-    sample = tl.program_id(2)
-    if tile * BLOCK_M >= tl.load(query.length + sample) * GROUP:
-        return
-    row, r, h, inside, position, first, last = query_tile(query, sample, tile, GROUP, BLOCK_M)
-    q_tile = load_tile(q + row * q_row + group * GROUP * q_head, r * q_row + h * q_head, inside, D, BLOCK_D, True)
-    at, offsets = row * heads + group * GROUP, r * heads + h
-    do = load_tile(dout + at * D, offsets * D, inside, D, BLOCK_D, True)
-    row_lse = tl.load(lse + at + offsets, mask=inside, other=0.0)
-    row_delta = tl.load(delta + at + offsets, mask=inside, other=0.0)
+    def fitting(_, arguments, **meta):
+        q = arguments["q"]
+        _, capability, shared_memory = device_limits(q.device)
+        room = (shared_memory - 2048) // (meta["BLOCK_D"] * q.element_size())
+        fit = [tile for tile in tiles if tile.capability <= capability and tile_rows(tile) <= room]
+        return [config(tile) for tile in (fit if q.element_size() == 2 and fit else [SMALL])]
 
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    acc = see_run_backward(q_tile, do, row_lse, row_delta, position, first, last, acc, visual, sample, group,
-                           scale_log2, D, BLOCK_D, BLOCK_N)
-    acc = see_run_backward(q_tile, do, row_lse, row_delta, position, first, last, acc, text, sample, group,
-                           scale_log2, D, BLOCK_D, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    tl.store(dq + at * D + (offsets * D)[:, None] + d[None, :], (acc * scale).to(dq.dtype.element_ty),
-             mask=inside[:, None] & (d < D)[None, :])
-
-
-@triton.jit
-def be_seen(k, v, k_position, dk, dv, q, q_row, q_head, query, dout, lse, delta, group, start, low, high, end, scale_log2,
-            D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
-    """Carry dk and dv over packed query rows low..high, of which those before `end` exist. Scores are (keys, queries)."""
-    heads = tl.num_programs(1) * GROUP
-    for packed in range(low, high, BLOCK_M):
-        row, r, h, inside = packed_rows(start, packed, end, GROUP, BLOCK_M)
-        q_tile = load_tile(q + row * q_row + group * GROUP * q_head, r * q_row + h * q_head, inside, D, BLOCK_D, True)
-        at, offsets = row * heads + group * GROUP, r * heads + h
-        row_lse = tl.load(lse + at + offsets, mask=inside, other=float("inf"))         # p = 0 where there is no row
-        s = tl.dot(k, q_tile.T, input_precision="ieee")
-        p = tl.exp2(s * scale_log2 - row_lse[None, :])                                 # p^T = softmax(s)^T
-        if MASKED:
-            q_position = tl.load(query.position + row + r, mask=inside, other=BEFORE)
-            p = tl.where(k_position[:, None] <= q_position[None, :], p, 0.0)
-        do = load_tile(dout + at * D, offsets * D, inside, D, BLOCK_D, True)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")                    # dv = p^T do
-        dp = tl.dot(v, do.T, input_precision="ieee")                                   # dp^T = v do^T
-        row_delta = tl.load(delta + at + offsets, mask=inside, other=0.0)
-        ds = p * (dp - row_delta[None, :])                                             # ds^T = p^T (dp^T - delta)
-        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")           # dk = ds^T q, scaled at the end
-    return dk, dv
-
-
-@triton.jit
-def backward_keys_kernel(q, q_row, q_head, query, keys, dout, lse, delta, dk, dv, scale, scale_log2,
-                         D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dk, dv (rows, G, D) of one run of keys: a tile of keys, and every query that sees any of it."""
-    group = tl.program_id(1)
-    sample = tl.program_id(2)
-    begin = tl.program_id(0) * BLOCK_N
-    length = tl.load(keys.length + sample) - begin
-    if length <= 0:
-        return
-    row = tl.load(keys.start + sample) + begin
-    n = tl.arange(0, BLOCK_N)
-    k, v = load_keys(keys, row, group, length, D, BLOCK_D, BLOCK_N, True)
-    k_position = tl.load(keys.position + row + n, mask=n < length, other=FAR)
-    first = tl.load(keys.position + row)
-    last = tl.load(keys.position + row + tl.minimum(BLOCK_N, length) - 1)
-
-    # the first `none` queries see no key of the tile, those up to `some` a part of it, the rest all of it
-    start = tl.load(query.start + sample)
-    queries = tl.load(query.length + sample)
-    none = count_visible(query.position + start, 0, queries, first - 1)
-    some = count_visible(query.position + start, none, queries, last - 1)
-    low, end = none * GROUP, queries * GROUP
-    middle = low + tl.cdiv(some * GROUP - low, BLOCK_M) * BLOCK_M
-    acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    acc_k, acc_v = be_seen(k, v, k_position, acc_k, acc_v, q, q_row, q_head, query, dout, lse, delta, group,
-                           start, low, middle, end, scale_log2, D, BLOCK_D, GROUP, BLOCK_M, True)
-    acc_k, acc_v = be_seen(k, v, k_position, acc_k, acc_v, q, q_row, q_head, query, dout, lse, delta, group,
-                           start, middle, end, end, scale_log2, D, BLOCK_D, GROUP, BLOCK_M, False)
-
-    d = tl.arange(0, BLOCK_D)
-    at = (row.to(tl.int64) * tl.num_programs(1) + group) * D
-    offsets = (n * tl.num_programs(1) * D)[:, None] + d[None, :]
-    mask = (n < length)[:, None] & (d < D)[None, :]
-    tl.store(dk + at + offsets, (acc_k * scale).to(dk.dtype.element_ty), mask=mask)
-    tl.store(dv + at + offsets, acc_v.to(dv.dtype.element_ty), mask=mask)
-
-
-# ---- which tile sizes to try: BLOCK_M, BLOCK_N, warps, stages. Chosen once per kernel, head width and dtype ----
-
-FORWARD = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1)]
-FORWARD_FEW = [(16, 64, 4, 3), (16, 128, 4, 2), (64, 64, 4, 3), (16, 32, 4, 2)]
-BACKWARD_QUERY = [(64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1)]
-BACKWARD_KEYS = [(64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 2), (32, 32, 4, 1)]
-FLOAT32 = (16, 32, 4, 1)  # 32-bit products go without tensor cores, in one small tile
-FEW = 16                  # packed query rows up to which a call counts as "few queries"
-
-
-def fitting(configs, arguments, **meta):
-    return configs
-
-
-def tuned(kernel, entries):
-    configs = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in entries]
+    configs = [config(tile) for tile in tiles]
     if triton.knobs.runtime.interpret:
-        configs = configs[:1]
-    return triton.autotune(configs, key=["D"], prune_configs_by={"early_config_prune": fitting}, cache_results=True)(kernel)
+        return triton.autotune(configs[:1], key=[])(kernel)
+    prune = {"early_config_prune": fitting}
+    return triton.autotune(configs, key=["D"], prune_configs_by=prune, cache_results=True)(kernel)
 
 
-forward_many, forward_few = tuned(forward_kernel, FORWARD), tuned(forward_kernel, FORWARD_FEW)
-backward_query = tuned(backward_query_kernel, BACKWARD_QUERY)
-backward_keys = tuned(backward_keys_kernel, BACKWARD_KEYS)
+def _forward_rows(tile: Tile) -> int:
+    return tile.BLOCK_M + 2 * tile.stages * tile.BLOCK_N
+
+
+forward_many = tuned(forward_kernel, FORWARD, _forward_rows)
+forward_few = tuned(forward_kernel, FORWARD_FEW, _forward_rows)
+
+
+@functools.cache
+def device_limits(device: torch.device) -> tuple[int, int, int]:
+    """-> multiprocessors, major compute capability, bytes of shared memory a program can have."""
+    if device.type != "cuda":
+        return 1, 8, 0  # the interpreter
+    limits = torch.cuda.get_device_properties(device)
+    return limits.multi_processor_count, limits.major, limits.shared_memory_per_block_optin
 
 
 # ---- launches ----
 
 def composite_attention_kernel(q: Tensor, k_visual: Tensor, v_visual: Tensor, k_text: Tensor, v_text: Tensor,
                                query: Run, visual: Run, text: Run, scale: float | None = None) -> Tensor:
-    """attention.composite_attention on a GPU: same arguments, same result."""
+    """attention.composite_attention on a GPU: same arguments, same result, in bfloat16, float16 or float32."""
     check_attention_inputs(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"q: dtype is {q.dtype}, expected bfloat16, float16 or float32 on a GPU")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     runs = [tensor for run in (query, visual, text) for tensor in run[:3]]
-    lengths = [run.max_length for run in (query, visual, text)]
-    return attend(q, k_visual, v_visual, k_text, v_text, runs, lengths, scale)[0]
+    max_lengths = [run.max_length for run in (query, visual, text)]
+    return attend(q, k_visual, v_visual, k_text, v_text, runs, max_lengths, scale)[0]
 
 
 @torch.library.custom_op("nanoeemllm::attend", mutates_args=())
 def attend(q: Tensor, k_visual: Tensor, v_visual: Tensor, k_text: Tensor, v_text: Tensor, runs: list[Tensor],
            max_lengths: list[int], scale: float) -> tuple[Tensor, Tensor]:
-    """-> out (N, H, D), lse (N, H) float32."""
-    q, k_visual, v_visual, k_text, v_text = (_dense_rows(x) for x in (q, k_visual, v_visual, k_text, v_text))
-    N, H, D = q.shape
-    G, B = k_text.shape[1], len(runs[0])
-    out, lse = q.new_zeros(q.shape), q.new_zeros((N, H), dtype=torch.float32)
-    if not B or not max_lengths[0]:
-        return out, lse
+    """runs: start, length, position of query, visual and text. -> out (N, H, D), lse (N, H) float32.
+
+    A custom op: torch.compile and activation checkpointing take it whole.
+    """
+    (N, H, D), G, B = q.shape, k_text.shape[1], len(runs[0])
+    out, lse = q.new_zeros(q.shape), q.new_zeros((N, H), dtype=torch.float32)  # zeros for rows in no run
     packed = max_lengths[0] * (H // G)
-    kernel = forward_few if packed <= FEW else forward_many
-    splits = _splits(triton.cdiv(packed, FEW if packed <= FEW else 64) * G * B, max_lengths[1] + max_lengths[2], q.device)
-    query, visual, text = Rows(*runs[:3]), _keys(k_visual, v_visual, runs[3:6]), _keys(k_text, v_text, runs[6:])
-    sizes = dict(D=D, BLOCK_D=_block(D))
-    into, into_lse = (out, lse) if splits == 1 else (
-        q.new_empty((splits, N, H, D), dtype=torch.float32), q.new_full((splits, N, H), -math.inf, dtype=torch.float32))
+    if not B or not packed:
+        return out, lse
+
+    kernel, rows = (forward_few, FEW) if packed <= FEW else (forward_many, 64)
+    splits = choose_splits(triton.cdiv(packed, rows) * G * B, (max_lengths[1] + max_lengths[2]) // 256,
+                           2 * device_limits(q.device)[0])
+    into, into_lse = (out, lse) if splits == 1 else (q.new_empty((splits, N, H, D), dtype=torch.float32),
+                                                     q.new_full((splits, N, H), -math.inf, dtype=torch.float32))
+    sizes = dict(D=D, BLOCK_D=block_width(D))
     kernel[lambda meta: (triton.cdiv(packed, meta["BLOCK_M"]), G, B * splits)](
-        q, q.stride(0), q.stride(1), query, visual, text, into, into_lse, N, splits, scale * LOG2_E, GROUP=H // G, **sizes)
+        *dense_rows(q), *kernel_runs(k_visual, v_visual, k_text, v_text, runs), into, into_lse, N, splits,
+        scale * LOG2_E, GROUP=H // G, **sizes)
     if splits > 1:
-        combine_kernel[(N * H,)](into, into_lse, out, lse, N * H, splits, BLOCK_S=triton.next_power_of_2(splits), **sizes)
+        BLOCK_S = triton.next_power_of_2(splits)
+        combine_kernel[(N * H,)](into, into_lse, out, lse, N * H, splits, BLOCK_S=BLOCK_S, **sizes)
     return out, lse
 
 
@@ -424,84 +318,45 @@ def _(q, k_visual, v_visual, k_text, v_text, runs, max_lengths, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("nanoeemllm::attend_backward", mutates_args=())
-def attend_backward(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k_visual: Tensor, v_visual: Tensor,
-                    k_text: Tensor, v_text: Tensor, runs: list[Tensor], max_lengths: list[int], scale: float,
-                    needed: list[bool]) -> list[Tensor]:
-    """-> dq and the gradients of both runs' k and v; where q, the visual or the text run is not needed, empty tensors."""
-    inputs = [_dense_rows(x) for x in (q, k_visual, v_visual, k_text, v_text)]
-    q, k_visual, v_visual, k_text, v_text = inputs
-    N, H, D = q.shape
-    G, B = k_text.shape[1], len(runs[0])
-    dout, delta = dout.contiguous(), torch.empty_like(lse)
-    grads = [x.new_zeros(x.shape if need else 0) for x, need in zip(inputs, needed)]
-    if not B or not max_lengths[0]:
-        return grads
-    query, visual, text = Rows(*runs[:3]), _keys(k_visual, v_visual, runs[3:6]), _keys(k_text, v_text, runs[6:])
-    sizes = dict(D=D, BLOCK_D=_block(D))
-    delta_kernel[(triton.cdiv(N * H, 32),)](out, dout, delta, N * H, BLOCK_M=32, **sizes)
-    common = dict(scale=scale, scale_log2=scale * LOG2_E, GROUP=H // G, **sizes)
-    if needed[0]:
-        backward_query[lambda meta: (triton.cdiv(max_lengths[0] * (H // G), meta["BLOCK_M"]), G, B)](
-            q, q.stride(0), q.stride(1), query, visual, text, dout, lse, delta, grads[0], **common)
-    for keys, longest, (dk, dv), need in ((visual, max_lengths[1], grads[1:3], needed[1]),
-                                          (text, max_lengths[2], grads[3:5], needed[3])):
-        if need and longest:
-            backward_keys[lambda meta: (triton.cdiv(longest, meta["BLOCK_N"]), G, B)](
-                q, q.stride(0), q.stride(1), query, keys, dout, lse, delta, dk, dv, **common)
-    return grads
-
-
-@attend_backward.register_fake
-def _(dout, out, lse, q, k_visual, v_visual, k_text, v_text, runs, max_lengths, scale, needed):
-    inputs = (q, k_visual, v_visual, k_text, v_text)
-    return [x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needed)]
-
-
 def _save(ctx, inputs, output):
     *tensors, runs, ctx.max_lengths, ctx.scale = inputs
     ctx.save_for_backward(*output, *tensors, *runs)
 
 
 def _differentiate(ctx, dout, _):
-    out, lse, *rest = ctx.saved_tensors
-    inputs, runs = rest[:5], rest[5:]
-    q, k_visual, v_visual, k_text, v_text = wanted = ctx.needs_input_grad[:5]
-    needed = [q, k_visual or v_visual, k_visual or v_visual, k_text or v_text, k_text or v_text]
+    from nanoeemllm.kernel_backward import attend_backward  # that file builds on this one
+    out, lse, *tensors = ctx.saved_tensors
+    inputs, runs = tensors[:5], tensors[5:]
+    q, *keys = wanted = ctx.needs_input_grad[:5]
+    needed = [q, any(keys[:2]), any(keys[2:])]
     grads = attend_backward(dout, out, lse, *inputs, runs, ctx.max_lengths, ctx.scale, needed)
-    return *(grad if want else None for grad, want in zip(grads, wanted)), [None] * 9, None, None
+    return *(grad if want else None for grad, want in zip(grads, wanted)), [None] * len(runs), None, None
 
 
 attend.register_autograd(_differentiate, setup_context=_save)
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    """The kernels take any stride of rows and heads, but the numbers of one row lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _keys(k: Tensor, v: Tensor, run: list[Tensor]) -> Keys:
-    return Keys(k, v, k.stride(0), k.stride(1), v.stride(0), v.stride(1), *run)
-
-
-def _block(D: int) -> int:
-    return max(16, triton.next_power_of_2(D))
-
-
-def _splits(programs: int, keys: int, device) -> int:
-    return _even_splits(programs, min(64, keys // 256), 2 * _multiprocessors(device))
-
-
 @functools.cache
-def _even_splits(programs: int, most: int, places: int) -> int:
-    """Programs that share one tile's keys: the fewest whose last wave fills the `places` nearly as well as any."""
+def choose_splits(programs: int, most: int, places: int) -> int:
+    """How many programs share one tile's keys: the fewest, up to `most`, with which the last round of programs
+    fills the GPU's `places` nearly as well as it can be filled."""
     def filled(splits):
-        waves = programs * splits / places
-        return waves / math.ceil(waves)
-    choices = range(1, max(1, most) + 1)
-    return next(s for s in choices if filled(s) >= 0.85 * max(map(filled, choices)))
+        rounds = programs * splits / places
+        return rounds / math.ceil(rounds)
+    choices = range(1, min(max(most, 1), 64) + 1)
+    return next(splits for splits in choices if filled(splits) >= 0.85 * max(map(filled, choices)))
 
 
-@functools.cache
-def _multiprocessors(device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def dense_rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """-> x and its strides of rows and heads. Any will do, but the numbers of one row must lie side by side."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, x.stride(0), x.stride(1)
+
+
+def kernel_runs(k_visual, v_visual, k_text, v_text, runs) -> tuple[Rows, Keys, Keys]:
+    visual, text = ((*dense_rows(k), *dense_rows(v)) for k, v in ((k_visual, v_visual), (k_text, v_text)))
+    return Rows(*runs[:3]), Keys(*visual, *runs[3:6]), Keys(*text, *runs[6:])
+
+
+def block_width(D: int) -> int:
+    return max(16, triton.next_power_of_2(D))
