@@ -1,5 +1,6 @@
 """Layers x visual path: the composite decoder, and the cache of keys and values that an answer is decoded from."""
 
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from nanoeemllm.visual_path import Context, VisualPath, make_visual_path
 class DecoderLayer(LlamaLayer):
     """A Llama layer that knows its place and hands its rows to the visual path."""
 
-    def __init__(self, config: LlamaConfig, path, index: int):
+    def __init__(self, config: LlamaConfig, path: VisualPath, index: int):
         super().__init__(config)
         self.path, self.index = path, index
         self.is_last = index == config.num_hidden_layers - 1
@@ -194,6 +195,31 @@ class Step:
         self.text, self.visual = cache.text, cache.visual
         self.picture_runs = self.query, self.visual
         self.rope_text = rope_cos_sin(position, config)
+
+    def keep(self, layer: int, k: Tensor, v: Tensor, k_visual: Tensor, v_visual: Tensor) -> tuple[Tensor, Tensor]:
+        k_text, v_text = self.cache.k_text[layer], self.cache.v_text[layer]
+        k_text[self.rows], v_text[self.rows] = k, v
+        return k_text, v_text
+
+
+class Step:
+    """visual_path.Context's part for one new token a sample: its keys go into the cache, and it sees all that is there."""
+
+    def __init__(self, config: LlamaConfig, cache: KVCache):
+        self.config, self.cache = config, cache
+        self.rows, self.position = cache.grow()
+        start = torch.arange(len(self.rows), dtype=torch.int32, device=self.rows.device)
+        self.query = Run(start, torch.ones_like(start), self.position, 1)
+        self.text, self.visual = cache.text, cache.visual
+
+    @cached_property
+    def rope_text(self) -> tuple[Tensor, Tensor]:
+        cos, sin = rope_cos_sin(self.position, self.config)
+        return cos.to(self.cache.k_text.dtype), sin.to(self.cache.k_text.dtype)       # once, not in every layer
+
+    @property
+    def picture_runs(self) -> tuple[Run, Run]:
+        return self.query, self.visual
 
     def keep(self, layer: int, k: Tensor, v: Tensor, k_visual: Tensor, v_visual: Tensor) -> tuple[Tensor, Tensor]:
         k_text, v_text = self.cache.k_text[layer], self.cache.v_text[layer]
