@@ -99,9 +99,10 @@ class KVCache:
         self.next_position, self.graphs = integers(self.batch), {}
         self.begin(layout)
 
-    def fits(self, layout: Layout, max_new_tokens: int) -> bool:
+    def fits(self, layout: Layout, max_new_tokens: int, dtype: torch.dtype) -> bool:
         return (self.static and layout.num_samples <= self.batch and len(layout.visual.position) <= self.visual_rows
-                and layout.text.max_length + max_new_tokens <= self.capacity)
+                and layout.text.max_length + max_new_tokens <= self.capacity and dtype == self.k_text.dtype
+                and layout.text.start.device == self.k_text.device)
 
     def begin(self, layout: Layout):
         """Forgets what was, and makes ready for a pass over these prompts."""

@@ -1,7 +1,7 @@
 """From logits to text: choosing a token, and reading a batch of prompts on, each to its own end."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -50,34 +50,99 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     return order.gather(-1, drawn).squeeze(-1)
 
 
+@dataclass(frozen=True)
+class Stop:
+    """What ends an answer: one of these tokens, which is not part of it, or one of these strings in its text."""
+    ids: frozenset[int] = frozenset()
+    strings: tuple[str, ...] = ()
+    tokenizer: object = None                 # a prompt.Tokenizer; strings need it
+
+    def __post_init__(self):
+        if "" in self.strings:
+            raise UserError("a stop string is empty: every answer would end at once")
+
+    def said(self, answer: list[int]) -> bool:
+        """Whether the text of the last few ids holds a stop string; a token is at least a byte of it."""
+        reach = max((len(string.encode()) for string in self.strings), default=0) + 4
+        return bool(self.strings) and any(string in self.tokenizer.decode(answer[-reach:]) for string in self.strings)
+
+
 @torch.inference_mode()
-def generate_steps(model, prompts: list[list[int]], images: list[list], max_new_tokens: int, sampling: Sampling,
-                   stop_ids: set[int]) -> Iterator[list[tuple[int, int]]]:
+def generate_steps(model, prompts: list[list[int]], images: list[list] | None, pictures: list[list] | None,
+                   max_new_tokens: int, sampling: Sampling, stop: Stop) -> Iterator[list[tuple[int, int]]]:
     """Reads all prompts on together. Yields, a step, (prompt number, new id) for those that still speak.
 
-    A prompt ends at a stop id, which is not yielded, or after max_new_tokens; it then leaves the batch.
+    A prompt ends as `stop` says or after max_new_tokens; it then leaves the batch. With a static cache, where every
+    size of batch is a CUDA graph of its own, those that ended leave when they are half; and the next step is launched
+    before the host looks at this one's ids, so that the GPU need not wait for it.
     """
-    hidden, cache = model.prefill(prompts, images, max_new_tokens)
-    generator = torch.Generator(hidden.device)
-    generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
-    seen = _seen(prompts, model.config.llama.vocab_size, hidden.device) if sampling.repetition_penalty != 1 else None
+    if max_new_tokens < 1:
+        raise UserError(f"max-new-tokens is {max_new_tokens}; it must be 1 or more")
+    hidden, cache = model.prefill(prompts, images, max_new_tokens, pictures)
+    try:
+        generator = torch.Generator(hidden.device)
+        generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
+        seen = _seen(prompts, model.config.llama.vocab_size, hidden.device) if sampling.repetition_penalty != 1 else None
+        running, answers = list(range(len(prompts))), {number: [] for number in range(len(prompts))}
 
-    running = torch.arange(len(prompts))
-    for step in range(max_new_tokens):
-        ids = choose(model.decoder.logits(hidden), sampling, generator, seen)
-        if seen is not None:
-            seen.scatter_(1, ids[:, None], True)
-        new = ids.tolist()
-        alive = [i for i, token in enumerate(new) if token not in stop_ids]
-        yield [(int(running[i]), new[i]) for i in alive]
-        if not alive or step == max_new_tokens - 1:
-            return
-        if len(alive) < len(new):
-            index = torch.tensor(alive, device=ids.device)
-            running, ids = running[alive], ids[index]
-            seen = seen[index] if seen is not None else None
-            cache.keep(index)
-        hidden = model.decoder.decode(ids, cache)
+        for left in reversed(range(max_new_tokens)):
+            ids = choose(model.decoder.logits(hidden), sampling, generator, seen)
+            if seen is not None:
+                seen.scatter_(1, ids[:, None], True)
+            read_ids = _copy_to_host(ids)
+            if cache.static and left:
+                hidden = model.decoder.decode(ids, cache)
+
+            new = [(number, token) for number, token in zip(running, read_ids()) if number in answers]
+            for number, token in new:
+                answers[number].append(token)
+                if token in stop.ids or stop.said(answers[number]):
+                    del answers[number]
+            yield [(number, token) for number, token in new if token not in stop.ids]
+            if not answers or not left:
+                return
+            if len(answers) <= len(running) // 2 if cache.static else len(answers) < len(running):
+                stay = torch.tensor([row for row, number in enumerate(running) if number in answers], device=ids.device)
+                running, ids, hidden = [number for number in running if number in answers], ids[stay], hidden[stay]
+                seen = seen[stay] if seen is not None else None
+                cache.keep(stay)
+            if not cache.static:
+                hidden = model.decoder.decode(ids, cache)
+    finally:
+        model.spare_cache = cache
+
+
+def _copy_to_host(ids: Tensor) -> Callable[[], list[int]]:
+    """Begins to copy; calling the result waits for these ids alone, not for what was launched after them."""
+    if not ids.is_cuda:
+        return ids.tolist
+    copy = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+    copy.copy_(ids, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[int]:
+        done.synchronize()
+        return copy.tolist()
+    return wait
+
+
+def stream_text(tokenizer, ids: Iterable[int], stop_strings: tuple[str, ...] = ()) -> Iterator[str]:
+    """The text of ids as they come, up to a stop string. What may yet become one is held back until it is known."""
+    held = ""
+    for piece in tokenizer.stream(ids):
+        held += piece
+        found = [held.find(string) for string in stop_strings if string in held]
+        if found:
+            held = held[:min(found)]
+            break
+        known = len(held) - max((n for string in stop_strings for n in range(1, len(string))
+                                 if held.endswith(string[:n])), default=0)
+        if known:
+            yield held[:known]
+        held = held[known:]
+    if held:
+        yield held
 
 
 def _seen(prompts: list[list[int]], vocab_size: int, device) -> Tensor:

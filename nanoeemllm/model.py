@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from nanoeemllm.config import IMAGE_TOKEN, ModelConfig, UserError, VisualPathConfig
 from nanoeemllm.decoder import Decoder, KVCache
-from nanoeemllm.generation import Sampling, generate_steps
+from nanoeemllm.generation import Sampling, Stop, generate_steps
 from nanoeemllm.image import prepare_image
 from nanoeemllm.layout import Layout, build_layout
+from nanoeemllm.pictures import Picture, gather, read, see
 from nanoeemllm.prompt import Tokenizer, encode_text
 from nanoeemllm.vision import VisionTransformer
 from nanoeemllm.visual_path import Projector
@@ -61,6 +62,7 @@ class EEMLLM(nn.Module):
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        self.spare_cache: KVCache | None = None                        # of the last answer, see _cache_for
         if config.vision is not None:
             self.vision = VisionTransformer(config.vision)
             decoder = Decoder(config.llama, config.visual_path, config.vision.hidden_size)
@@ -115,56 +117,96 @@ class EEMLLM(nn.Module):
         return encode_text(self.tokenizer, prompt, bos=True)
 
     @torch.inference_mode()
-    def logits(self, ids: list[int], images: list = []) -> Tensor:
-        """Scores of the next token (T, vocabulary), one row a text token, in order. images: PIL, one an IMAGE_TOKEN."""
-        text_ids, layout, visual = self._read([ids], [images])
-        return self.decoder.logits(self.decoder(text_ids, visual, layout))
+    def logits(self, ids: list[int], images: list = [], pictures: list[Picture] | None = None) -> Tensor:
+        """Scores of the next token (T, vocabulary), one row a text token, in order. images: PIL, or pictures that `see`
+        has seen, one an IMAGE_TOKEN."""
+        if pictures:
+            text_ids, layout = build_layout([ids], [[picture.grid for picture in pictures]])
+            return self.decoder.logits(read(self.decoder, text_ids.to(self.device), gather(self.decoder, [pictures], layout)))
+        patches, grids = self._patches([images])
+        text_ids, layout = build_layout([ids], grids)
+        visual = self.visual_tokens(patches.to(self.device), layout.grids)
+        return self.decoder.logits(self.decoder(text_ids.to(self.device), visual, layout.to(self.device)))
+
+    @torch.inference_mode()
+    def see(self, images: list) -> list[Picture]:
+        """Reads pictures once, for any number of prompts (`pictures=` below). Raises UserError under a visual path
+        whose visual tokens look at text."""
+        patches, grids = self._patches([images])
+        return see(self.decoder, self.visual_tokens(patches.to(self.device), grids[0]), grids[0])
 
     def generate(self, ids: list[int], images: list = [], max_new_tokens: int = 128, stop_ids: set[int] | None = None,
-                 **sampling) -> Iterator[int]:
-        """Yields new ids as they are made, up to a stop id (by default the tokenizer's) or max_new_tokens.
+                 stop_strings: tuple[str, ...] = (), pictures: list[Picture] | None = None, **sampling) -> Iterator[int]:
+        """Yields new ids as they are made, up to a stop id (by default the tokenizer's), the token that completes a
+        stop string, or max_new_tokens. (generation.stream_text makes text of them.)
 
+        images, or pictures that `see` has seen: one an IMAGE_TOKEN.
         sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed (generation.Sampling).
         """
-        stop_ids = self._stop_ids() if stop_ids is None else stop_ids
-        for step in generate_steps(self, [ids], [images], max_new_tokens, Sampling(**sampling), stop_ids):
+        for step in generate_steps(self, [ids], [images], None if pictures is None else [pictures], max_new_tokens,
+                                   Sampling(**sampling), self._stop(stop_ids, stop_strings)):
             for _, token in step:
                 yield token
 
-    def generate_batch(self, prompts: list[list[int]], images: list[list], max_new_tokens: int = 128,
-                       stop_ids: set[int] | None = None, **sampling) -> list[list[int]]:
-        """All prompts at once, unequal lengths and pictures: the same answers as one by one."""
-        stop_ids = self._stop_ids() if stop_ids is None else stop_ids
+    def generate_batch(self, prompts: list[list[int]], images: list[list] | None = None, max_new_tokens: int = 128,
+                       stop_ids: set[int] | None = None, stop_strings: tuple[str, ...] = (),
+                       pictures: list[list[Picture]] | None = None, **sampling) -> list[list[int]]:
+        """All prompts at once, unequal lengths and pictures: the same answers as one by one. Prompts with the same
+        pictures at the same places share one copy of them."""
         answers = [[] for _ in prompts]
-        for step in generate_steps(self, prompts, images, max_new_tokens, Sampling(**sampling), stop_ids):
+        for step in generate_steps(self, prompts, images, pictures, max_new_tokens, Sampling(**sampling),
+                                   self._stop(stop_ids, stop_strings)):
             for number, token in step:
                 answers[number].append(token)
         return answers
 
-    def prefill(self, prompts: list[list[int]], images: list[list], max_new_tokens: int) -> tuple[Tensor, KVCache]:
+    @torch.inference_mode()
+    def prefill(self, prompts: list[list[int]], images: list[list] | None, max_new_tokens: int,
+                pictures: list[list[Picture]] | None = None) -> tuple[Tensor, KVCache]:
         """Reads the prompts: the hidden row of each one's last token (B, C), and the cache to decode from."""
         for number, ids in enumerate(prompts):
             if not ids or ids[-1] == IMAGE_TOKEN:
                 what = "is empty" if not ids else "ends in <image>"
                 raise UserError(f"prompt {number} {what}: the answer is said by the text token before it; add some text")
-        text_ids, layout, visual = self._read(prompts, images)
+        if pictures is not None and any(pictures):
+            ids, layout = build_layout(prompts, [[picture.grid for picture in group] for group in pictures])
+            self._check_context(layout, max_new_tokens)
+            kept = gather(self.decoder, pictures, layout)
+            cache = self._cache_for(kept.layout, max_new_tokens)
+            hidden = read(self.decoder, ids.to(self.device), kept, cache)
+        else:
+            patches, grids = self._patches(images or [[] for _ in prompts])
+            ids, layout = build_layout(prompts, grids)
+            self._check_context(layout, max_new_tokens)
+            visual = self.visual_tokens(patches.to(self.device), layout.grids)
+            cache = self._cache_for(layout.to(self.device), max_new_tokens)
+            hidden = self.decoder(ids.to(self.device), visual, layout.to(self.device), cache)
+        return hidden[(layout.text.start + layout.text.length - 1).long().to(self.device)], cache
+
+    def _patches(self, images: list[list]) -> tuple[Tensor, list[list[tuple[int, int]]]]:
+        """Of all pictures (P, 3*p*p), on the CPU, and every sample's grids."""
+        if self.config.vision is None and any(images):
+            raise UserError("this model has no image encoder: it reads text alone")
+        prepared = [[prepare_image(image, self.config.vision) for image in group] for group in images]
+        patches = [patches for group in prepared for patches, _ in group]
+        return torch.cat(patches) if patches else torch.zeros(0), [[grid for _, grid in group] for group in prepared]
+
+    def _check_context(self, layout: Layout, max_new_tokens: int):
         longest = int(torch.cat([layout.text.position, layout.visual.position]).max()) + 1
         if longest + max_new_tokens > self.config.llama.max_position_embeddings:
             raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's context of "
                             f"{self.config.llama.max_position_embeddings}: shorten the prompt or ask for fewer")
-        cache = KVCache(self.config.llama, layout, max_new_tokens, self.dtype)
-        hidden = self.decoder(text_ids, visual, layout, cache)
-        return hidden[(layout.text.start + layout.text.length - 1).long()], cache
 
-    def _read(self, prompts: list[list[int]], images: list[list]) -> tuple[Tensor, Layout, Tensor]:
-        if self.config.vision is None and any(images):
-            raise UserError("this model has no image encoder: it reads text alone")
-        prepared = [[prepare_image(image, self.config.vision) for image in group] for group in images]
-        text_ids, layout = build_layout(prompts, [[grid for _, grid in group] for group in prepared])
-        patches = [patches for group in prepared for patches, _ in group]
-        patches = torch.cat(patches) if patches else torch.zeros(0)
-        visual = self.visual_tokens(patches.to(self.device), layout.grids)
-        return text_ids.to(self.device), layout.to(self.device), visual
+    def _cache_for(self, layout: Layout, max_new_tokens: int) -> KVCache:
+        """The cache of an earlier answer where it fits: with it come the CUDA graphs recorded on it."""
+        cache, self.spare_cache = self.spare_cache, None
+        if cache is not None and cache.fits(layout, max_new_tokens, self.dtype):
+            cache.begin(layout)
+            return cache
+        del cache
+        return KVCache(self.config.llama, layout, max_new_tokens, self.dtype, static=self.device.type == "cuda")
 
-    def _stop_ids(self) -> set[int]:
-        return set(self.tokenizer.stop_ids(self.config.chat_template)) if self.tokenizer is not None else set()
+    def _stop(self, ids: set[int] | None, strings: tuple[str, ...]) -> Stop:
+        if ids is None:
+            ids = self.tokenizer.stop_ids(self.config.chat_template) if self.tokenizer is not None else ()
+        return Stop(frozenset(ids), tuple(strings), self.tokenizer)
