@@ -58,6 +58,7 @@ class Decoder(nn.Module):
 
     # ---- answers, a token at a time ----
 
+    @torch.inference_mode()
     def decode(self, ids: Tensor, cache: "KVCache") -> Tensor:
         """The next token of every sample in the cache, ids (B,) -> hidden rows (B, C)."""
         cache.take_one()
