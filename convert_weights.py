@@ -23,9 +23,9 @@ from tokenizers import AddedToken
 from torch import Tensor
 from tqdm import tqdm
 
-from nanoeemllm.checkpoint import (Lazy, check_replaceable, check_tensors, listed, open_safetensors, read_json, save,
-                                   shards)
-from nanoeemllm.config import VISUAL_PATHS, LlamaConfig, ModelConfig, UserError, VisionConfig, run_command
+from nanoeemllm.checkpoint import (Lazy, check_replaceable, check_tensors, is_model, listed, open_safetensors,
+                                   random_weights, read_json, save, shards)
+from nanoeemllm.config import LlamaConfig, ModelConfig, UserError, VisionConfig, run_command
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import TEMPLATES, Tokenizer
 from nanoeemllm.sentencepiece import read_sentencepiece
@@ -113,12 +113,13 @@ def convert(args) -> None:
     tensors = {}
     for source in sources:
         tensors.update(source.take(ours, config, dtype, bar))
-    tensors.update(new_projector({name: shape for name, shape in ours.items() if name not in tensors}, dtype))
+    new_projector = random_weights({name: shape for name, shape in ours.items() if name not in tensors})
+    tensors.update((name, x.to(dtype)) for name, x in new_projector.items())
     save(tensors, config, tokenizer, args.out)
     bar.close()
     count = sum(torch.Size(shape).numel() for shape in ours.values())
     print(f"{args.out}: {count / 1e6:,.1f}M parameters in {str(dtype)[6:]}, visual path {config.visual_path.name}, "
-          f"chat template {config.chat_template}" + (", new projector" if args.vision else ""))
+          f"chat template {config.chat_template}" + (", new projector" if new_projector else ""))
 
 
 class Source:
@@ -237,13 +238,6 @@ def require(folder: Path, data: dict, must: dict) -> None:
             raise UserError(f"{folder}/config.json: {key} {data[key]!r} is not supported; supported: {value!r}")
 
 
-def new_projector(shapes: dict[str, tuple], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Random weights of spread 0.02 and no biases, the same in every run."""
-    generator = torch.Generator().manual_seed(0)
-    return {name: (torch.zeros(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator)).to(dtype)
-            for name, shape in shapes.items()}
-
-
 def guess_template(tokenizer: Tokenizer) -> str:
     """By the special tokens that only one family has."""
     for name, token in (("chatml", "<|im_start|>"), ("llama3", "<|start_header_id|>")):
@@ -318,7 +312,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
 
 def check_output(folder: Path, force: bool) -> None:
     check_replaceable(folder)
-    if (folder / "config.json").is_file() and not force:
+    if is_model(folder) and not force:
         raise UserError(f"{folder} holds a model already: give --force to replace it, or another --out")
 
 
@@ -329,7 +323,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--llava", type=Path, help="folder of a whole LLaVA-1.5, instead of the two above")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as the language model is stored")
-    parser.add_argument("--visual-path", choices=VISUAL_PATHS, help="default: llava for --llava, eemllm otherwise")
+    parser.add_argument("--visual-path", choices=("llava", "eemllm"),
+                        help="default: llava for --llava, else eemllm; sample.py and train.py can choose any other")
     parser.add_argument("--chat-template", choices=TEMPLATES, help="default: by the tokenizer's special tokens")
     parser.add_argument("--force", action="store_true", help="replace the model that --out holds")
     args = parser.parse_args(arguments)

@@ -27,6 +27,7 @@ from nanoeemllm.prompt import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+PATH_WEIGHTS = re.compile(r"projector\.|decoder\.layers\.\d+\.(visual_projector|cross)\.")  # some paths have, some not
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -37,8 +38,10 @@ class Lazy(NamedTuple):
     load: Callable[[], Tensor]
 
 
-def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str | VisualPathConfig | None = None):
-    """folder -> EEMLLM. device: the GPU if there is one; dtype: as stored; visual_path: as configured.
+def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str | VisualPathConfig | None = None,
+         new_parts: bool = False):
+    """folder -> EEMLLM. device: the GPU if there is one; dtype: as stored; visual_path: as configured. new_parts: to
+    train another visual path, its own weights begin at random and the old path's are left out.
 
     Raises UserError for files that are missing, broken, or hold other tensors than config.json asks for.
     """
@@ -46,7 +49,8 @@ def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str
     folder = Path(folder)
     config = ModelConfig.from_dict(read_json(folder / "config.json"))
     if visual_path is not None:
-        visual_path = VisualPathConfig(visual_path) if isinstance(visual_path, str) else visual_path
+        if isinstance(visual_path, str):
+            visual_path = dataclasses.replace(config.visual_path, name=visual_path)
         config = dataclasses.replace(config, visual_path=visual_path)
     with torch.device("meta"):
         model = EEMLLM(config, Tokenizer(folder / "tokenizer.json"))
@@ -55,10 +59,22 @@ def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str
     for path, names in shards(folder, "model.safetensors").items():
         with open_safetensors(path, str(device)) as file:
             state.update((name, file.get_tensor(name)) for name in listed(path, names, file.keys()))
-    check_tensors(folder, {name: tuple(x.shape) for name, x in model.state_dict().items()},
-                  {name: tuple(x.shape) for name, x in state.items()})
+    expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    if new_parts:
+        new = {name: shape for name, shape in expected.items() if PATH_WEIGHTS.match(name) and name not in state}
+        state = {name: x for name, x in state.items() if name in expected or not PATH_WEIGHTS.match(name)}
+        dtype = dtype or state["decoder.norm.weight"].dtype
+        state |= {name: x.to(device) for name, x in random_weights(new).items()}
+    check_tensors(folder, expected, {name: tuple(x.shape) for name, x in state.items()})
     model.load_state_dict({name: state.pop(name).to(dtype=dtype) for name in list(state)}, assign=True)
     return model
+
+
+def random_weights(shapes: dict[str, tuple]) -> dict[str, Tensor]:
+    """For parts that are yet to be trained, the same in every run: spread 0.02, biases and gates 0, norms 1."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.02 * torch.randn(shape, generator=generator) if len(shape) > 1
+            else torch.ones(shape) if "norm" in name else torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def save(tensors: Mapping[str, Tensor | Lazy], config: ModelConfig, tokenizer: Tokenizer, folder) -> None:
@@ -108,9 +124,14 @@ def written_aside(folder: Path):
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def is_model(folder: Path) -> bool:
+    """Whether the folder is one of ours; a published one has a config.json too, but no "llama" in it."""
+    return (folder / "config.json").is_file() and "llama" in read_json(folder / "config.json")
+
+
 def check_replaceable(folder: Path) -> None:
     """Raises UserError unless folder is absent, empty, or a model folder."""
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not is_model(folder):
         raise UserError(f"{folder} is there already and is no model folder: choose another place")
 
 

@@ -14,7 +14,7 @@ import convert_weights
 import nanoeemllm
 from convert_weights import llama_config
 from nanoeemllm import checkpoint
-from nanoeemllm.config import PRESETS, UserError, run_command
+from nanoeemllm.config import PRESETS, UserError, VisualPathConfig, run_command
 from nanoeemllm.image import prepare_image
 from tests.make_golden import GOLDEN, SIZES, STRIDE, picture
 
@@ -306,6 +306,7 @@ def test_output_that_holds_something(llm, tmp_path, capsys):
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
     assert "no model folder" in refused(capsys, other, "--llm", llm, "--force")
+    assert "no model folder" in refused(capsys, llm, "--llm", llm, "--force")
 
 
 def test_failing_halfway_keeps_the_old_model(llm, tmp_path, capsys, monkeypatch):
@@ -329,6 +330,19 @@ def test_command_line(tmp_path):
     for args in (["--llava", "a", "--llm", "b"], ["--vision", "a"], ["--llava", "a", "--vision", "b"], []):
         with pytest.raises(SystemExit):
             convert_weights.parse([*args, "--out", "other"])
+
+
+@pytest.mark.parametrize("path, new, left_out", [("saisa", 12, 4), ("flamingo", 12, 0)])
+def test_another_path_with_weights_of_its_own_begins_at_random(path, new, left_out, tmp_path):
+    convert("--llava", SOURCES / "llava", "--out", tmp_path / "model")
+    path = VisualPathConfig(path, every=3)
+    with pytest.raises(UserError, match=f"{new} missing"):
+        nanoeemllm.load(tmp_path / "model", device="cpu", visual_path=path)
+    old = nanoeemllm.load(tmp_path / "model", device="cpu").state_dict()
+    model = nanoeemllm.load(tmp_path / "model", device="cpu", visual_path=path, new_parts=True).state_dict()
+    assert len(model.keys() - old.keys()) == new and len(old.keys() - model.keys()) == left_out
+    assert all(torch.equal(model[name], old[name]) for name in model.keys() & old.keys())
+    assert all(x.isfinite().all() and x.dtype == torch.float16 for x in model.values())
 
 
 @pytest.mark.parametrize("damage, said", [
