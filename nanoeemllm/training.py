@@ -24,6 +24,7 @@ from nanoeemllm.config import UserError
 from nanoeemllm.data import Packed
 from nanoeemllm.model import EEMLLM, Batch
 from nanoeemllm.plot import line_chart
+from nanoeemllm.visual_path import learns_in_pretrain
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def freeze_for(model: EEMLLM, stage: str) -> list[nn.Parameter]:
-    """Leaves to train what the stage trains and returns it: the projector alone, or projector and language model."""
+    """Leaves to train what the stage trains and returns it: the projector (and what else a visual path put between
+    encoder and language model) alone, or with the language model."""
     for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith("projector.") or stage == "finetune" and name.startswith("decoder."))
+        p.requires_grad_(learns_in_pretrain(name) or stage == "finetune" and name.startswith("decoder."))
     return [p for p in model.parameters() if p.requires_grad]
 
 

@@ -1,0 +1,84 @@
+"""Operations counted twice: from sizes, and by PyTorch in a real forward pass."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanoeemllm.config import IMAGE_TOKEN, PRESETS, LlamaConfig, ModelConfig, VisionConfig, VisualPathConfig
+from nanoeemllm.flops import forward_operations, main, published_paths, training_operations
+from nanoeemllm.layout import build_layout
+from nanoeemllm.model import EEMLLM
+
+LLAMA = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=16, max_position_embeddings=512)
+VISION = VisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, patch_size=2,
+                      image_size=24, min_image_size=2, resize="native")
+CLIP = dataclasses.replace(VISION, architecture="clip", num_hidden_layers=3)
+UNEVEN = VisualPathConfig("yopo", window=3, last_visual_layer=3, kept_heads=((0, 1, 2, 3), (1,), (0, 2), (3,)))
+PATHS = {**published_paths(LLAMA), "yopo-uneven": UNEVEN, "flamingo-1": VisualPathConfig("flamingo", every=1),
+         "eemllm-v": VisualPathConfig("eemllm", "v"), "eemllm-of": VisualPathConfig("eemllm", "of")}
+
+
+def seen_and_counted(path, vision, ids, grids):
+    """One sample of under 256 rows: there the PyTorch attention is one rectangle of all queries and keys. Of its ways
+    through, FlopCounterMode knows on a CPU the one made of plain products alone (MATH)."""
+    config = ModelConfig(LLAMA, vision, path)
+    model = EEMLLM(config)
+    text, layout = build_layout([ids], [grids])
+    patches = torch.randn(sum(h * w for h, w in grids), vision.patch_dim)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen, torch.no_grad():
+        hidden = model.decoder(text, model.visual_tokens(patches, grids), layout)
+        model.decoder.logits(hidden[-1:])
+    return seen.get_total_flops(), forward_operations(config, layout, 1)
+
+
+@pytest.mark.parametrize("vision", [VISION, CLIP], ids=["siglip", "clip"])
+@pytest.mark.parametrize("name", PATHS)
+def test_count_agrees_with_what_pytorch_sees(name, vision):
+    ids = [1] * 9 + [IMAGE_TOKEN] + [1] * 20
+    seen, count = seen_and_counted(PATHS[name], vision, ids, [(12, 12)])
+    assert count.total() == pytest.approx(seen, rel=0.01)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_count_with_several_pictures(name):
+    """Of as many patches, and as many words after each: with unequal ones PyTorch pads to the greatest."""
+    ids = [1, 1, IMAGE_TOKEN, 1, 1, 1, IMAGE_TOKEN, 1, 1, 1]
+    seen, count = seen_and_counted(PATHS[name], VISION, ids, [(6, 8), (8, 6)])
+    assert count.total() == pytest.approx(seen, rel=0.01)
+
+
+def test_text_alone_costs_the_same_on_every_path_without_blocks():
+    _, layout = build_layout([[1] * 12, [1] * 5], [[], []])
+    totals = {forward_operations(ModelConfig(LLAMA, VISION, path), layout, 2).total() for path in PATHS.values()
+              if path.name != "flamingo"}
+    assert len(totals) == 1
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("name", ["llava", "eemllm", "saisa", "flamingo-1"])
+def test_training_is_counted_as_pytorch_sees_it(name, stage):
+    """Forward and backward of a stage. The first rows in the network need no gradient of their own, hence 10%."""
+    from nanoeemllm.training import freeze_for
+    config = ModelConfig(LLAMA, VISION, PATHS[name])
+    model = EEMLLM(config)
+    model.initialize()
+    freeze_for(model, stage)
+    text, layout = build_layout([[1, IMAGE_TOKEN] + [1] * 60], [[(12, 12)]])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen:
+        hidden = model.decoder(text, model.visual_tokens(torch.randn(144, VISION.patch_dim), [(12, 12)]), layout)
+        model.decoder.logits(hidden[-20:]).sum().backward()
+    assert training_operations(config, layout, 20, stage) == pytest.approx(seen.get_total_flops(), rel=0.1)
+
+
+def test_published_ratio_of_the_formula(capsys):
+    """EE-MLLM's own formula, all layers alike: 77% at 4,900 visual and 256 text tokens."""
+    d, ffn, T, V = 4096, 6 * 4096 * 11008, 256, 4900
+    llava = (T + V) * (8 * d * d + ffn) + 4 * (T + V) ** 2 * d
+    eemllm = T * 8 * d * d + V * 4 * d * d + 4 * T * (T + V) * d + (T + V) * ffn + 2 * V * d * d
+    main(["--preset", "eemllm-7b-980"])
+    out = capsys.readouterr().out
+    assert f"counted {100 * eemllm / llava:.0f}%" in out and all(f"| {name} " in out for name in published_paths(LLAMA))
