@@ -146,7 +146,12 @@ class Source:
             self.passed_over += rf"|{prefix}post_layernorm\."
 
     def dtype(self) -> torch.dtype:
-        return self.tensors[self.name("decoder.norm.weight")].dtype
+        norm = self.tensors.get(self.name("decoder.norm.weight"))
+        if norm is None:
+            return torch.float32  # never used: take() says what is missing
+        if norm.dtype not in DTYPES.values():
+            raise UserError(f"{self.folder} stores its weights in another type than {', '.join(DTYPES)}: give --dtype")
+        return norm.dtype
 
     def name(self, ours: str) -> str:
         """Our name -> theirs."""

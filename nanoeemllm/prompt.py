@@ -240,7 +240,10 @@ def _without_prefix(tokenizer: tokenizers.Tokenizer) -> tuple[tokenizers.Tokeniz
     """A copy that puts no dummy space before a text; and whether text behind a special token gets one. It comes from
     a Prepend normalizer or from Metaspace, whose scheme "first" means: not behind a special token ("legacy": false).
     """
-    data, everywhere = json.loads(tokenizer.to_str()), True
+    text, everywhere = tokenizer.to_str(), True
+    if "Prepend" not in text and "Metaspace" not in text:
+        return tokenizer, True
+    data = json.loads(text)
     normalizer, splitter = data["normalizer"] or {}, data["pre_tokenizer"] or {}
     if normalizer.get("type") == "Prepend":
         data["normalizer"] = None

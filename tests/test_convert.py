@@ -37,6 +37,15 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
 
 
+def merged(folder: Path, changes: dict = {}, dtype: torch.dtype | None = None) -> Path:
+    """A source's shards made one file, with tensors changed, added, or (None) taken out."""
+    tensors = {name: x.to(dtype) for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+    for file in folder.glob("model*"):
+        file.unlink()
+    save_file({name: x for name, x in (tensors | changes).items() if x is not None}, folder / "model.safetensors")
+    return folder
+
+
 # ---- equal to the reference ----
 
 
@@ -67,6 +76,8 @@ def renamed(folder: Path, out: Path, old: str, new: str, tower: str) -> Path:
         name = name.replace("language_model.lm_head.", "lm_head.") if new != old else name
         name = name.replace(old, new).replace("vision_tower.", tower)
         tensors["model." + name if new != old and name.startswith("multi_modal") else name] = x
+    tensors[tower + "embeddings.position_ids"] = torch.arange(17)[None]
+    tensors[new + "layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, out / "model.safetensors")
     return out
 
@@ -141,6 +152,20 @@ def test_stored_dtype_by_default_and_dtype_asked_for(tmp_path):
     assert nanoeemllm.load(tmp_path / "model", device="cpu").dtype == torch.float16
     convert("--llm", SOURCES / "vicuna", "--out", tmp_path / "model", "--dtype", "bf16", "--force")
     assert nanoeemllm.load(tmp_path / "model", device="cpu").dtype == torch.bfloat16
+
+
+def test_a_stored_head_that_is_tied_is_passed_over(tmp_path):
+    folder = merged(shutil.copytree(SOURCES / "smollm2", tmp_path / "source"), {"lm_head.weight": torch.zeros(330, 32)})
+    model = converted(tmp_path, "--llm", folder)
+    assert difference(model.logits(EXPECTED["smollm2.ids"].tolist()), EXPECTED["smollm2.logits"]) <= TOLERANCE
+
+
+def test_weights_of_another_type_need_dtype(tmp_path):
+    folder = merged(shutil.copytree(SOURCES / "smollm2", tmp_path / "source"), dtype=torch.float64)
+    with pytest.raises(UserError, match="give --dtype"):
+        convert("--llm", folder, "--out", tmp_path / "model")
+    model = converted(tmp_path, "--llm", folder)
+    assert difference(model.logits(EXPECTED["smollm2.ids"].tolist()), EXPECTED["smollm2.logits"]) <= TOLERANCE
 
 
 def test_added_tokens_beside_tokenizer_model(tmp_path):
@@ -227,17 +252,14 @@ def test_truncated_safetensors(keep, llm, tmp_path, capsys):
 
 
 def test_tensors_that_do_not_fit(llm, tmp_path, capsys):
-    tensors = {name: x for file in llm.glob("*.safetensors") for name, x in load_file(file).items()}
-    for file in llm.glob("model*"):
-        file.unlink()
-    tensors["model.norm.weight"] = torch.zeros(5)
-    tensors |= {f"model.layers.0.self_attn.q_proj.bias{i}": torch.zeros(1) for i in range(12)}
-    del tensors["model.layers.0.mlp.gate_proj.weight"]
-    save_file(tensors, llm / "model.safetensors")
+    merged(llm, {f"model.layers.0.self_attn.q_proj.bias{i}": torch.zeros(1) for i in range(12)}
+           | {"model.norm.weight": torch.zeros(5), "model.layers.0.mlp.gate_proj.weight": None})
     message = refused(capsys, tmp_path / "model", "--llm", llm)
     assert "1 missing: model.layers.0.mlp.gate_proj.weight" in message
     assert "12 unexpected: model.layers.0.self_attn.q_proj.bias0, " in message and message.count(".bias") == 10
     assert "model.norm.weight is (5,), not (32,)" in message
+    merged(llm, {"model.norm.weight": None})
+    assert "model.norm.weight" in refused(capsys, tmp_path / "model", "--llm", llm)
 
 
 @pytest.mark.parametrize("change, said", [
