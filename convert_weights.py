@@ -10,6 +10,7 @@ stage teaches it. Tensors go from file to file one at a time, so a 7B model conv
 """
 
 import argparse
+import dataclasses
 import functools
 import pickle
 import re
@@ -93,6 +94,7 @@ def convert(args) -> None:
             sources.append(Source(args.vision, VISION))
         vision, depth = vision_config(sources[-1])
         sources[-1].pass_over_vision(vision, depth)
+        llama = with_room_for(vision, llama)
     if llama.tie_word_embeddings:
         source.passed_over += "|" + re.escape(source.prefix["decoder.lm_head."])
 
@@ -226,6 +228,17 @@ def vision_config(source: Source) -> tuple[VisionConfig, int]:
     if settings.is_file():
         values |= {key: value for key, value in read_json(settings).items() if key in ("image_mean", "image_std")}
     return ModelConfig.from_dict({"vision": values}).vision, depth
+
+
+def with_room_for(vision: VisionConfig, llama: LlamaConfig) -> LlamaConfig:
+    """A context in which the largest picture fits. RoPE has no end, but the model has not seen such positions yet."""
+    tokens, context = vision.grid_size ** 2, llama.max_position_embeddings
+    if tokens < context:
+        return llama
+    longer = 1 << tokens.bit_length()
+    print(f"note: a picture takes up to {tokens} tokens, the language model was trained with {context}: its context is "
+          f"set to {longer}", file=sys.stderr)
+    return dataclasses.replace(llama, max_position_embeddings=longer)
 
 
 def filled(folder: Path, data: dict, defaults: dict) -> dict:

@@ -63,8 +63,7 @@ def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str
     if new_parts:
         new = {name: shape for name, shape in expected.items() if PATH_WEIGHTS.match(name) and name not in state}
         state = {name: x for name, x in state.items() if name in expected or not PATH_WEIGHTS.match(name)}
-        dtype = dtype or state["decoder.norm.weight"].dtype
-        state |= {name: x.to(device) for name, x in random_weights(new).items()}
+        state |= {name: x.to(device, next(iter(state.values())).dtype) for name, x in random_weights(new).items()}
     check_tensors(folder, expected, {name: tuple(x.shape) for name, x in state.items()})
     model.load_state_dict({name: state.pop(name).to(dtype=dtype) for name in list(state)}, assign=True)
     return model
@@ -82,18 +81,16 @@ def save(tensors: Mapping[str, Tensor | Lazy], config: ModelConfig, tokenizer: T
     folder holds something that is no model.
     """
     with written_aside(Path(folder).absolute()) as aside:
-        shards, size = [[]], 0
+        files, size, weight_map = [{}], 0, {}
         for name, x in tensors.items():
-            more = x.dtype.itemsize * torch.Size(x.shape).numel()
-            if size + more > SHARD_BYTES and shards[-1]:
-                shards, size = [*shards, []], 0
-            shards[-1].append(name)
-            size += more
-        weight_map = {}
-        for i, names in enumerate(shards):
-            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            _write_shard(aside / file, {name: tensors[name] for name in names})
-            weight_map.update(dict.fromkeys(names, file))
+            size += _bytes(x)
+            if size > SHARD_BYTES and files[-1]:
+                files, size = [*files, {}], _bytes(x)
+            files[-1][name] = x
+        for i, part in enumerate(files):
+            file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+            _write_shard(aside / file, part)
+            weight_map.update(dict.fromkeys(part, file))
         _write(aside / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1).encode())
         _write(aside / "tokenizer.json", tokenizer.to_json().encode())
         _write(aside / "config.json", json.dumps(config.to_dict(), indent=2).encode())
@@ -139,7 +136,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor | Lazy]) -> None:
     """The safetensors format: header size (8 bytes), JSON header padded to 8 bytes, then the numbers."""
     header, end = {}, 0
     for name, x in tensors.items():
-        start, end = end, end + x.dtype.itemsize * torch.Size(x.shape).numel()
+        start, end = end, end + _bytes(x)
         header[name] = {"dtype": _DTYPE_NAMES[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
@@ -149,6 +146,10 @@ def _write_shard(path: Path, tensors: dict[str, Tensor | Lazy]) -> None:
             x = x.load() if isinstance(x, Lazy) else x
             file.write(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     _flush(path)
+
+
+def _bytes(x: Tensor | Lazy) -> int:
+    return x.dtype.itemsize * torch.Size(x.shape).numel()
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -168,7 +169,7 @@ def read_json(path: Path) -> dict:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a JSON object")

@@ -147,6 +147,13 @@ def test_published_vision_configurations(architecture, config, preset, tmp_path)
     assert convert_weights.vision_config(source)[0] == PRESETS[preset].vision
 
 
+def test_context_that_holds_the_largest_picture(capsys):
+    llama = PRESETS["eemllm-7b"].llama
+    assert convert_weights.with_room_for(PRESETS["eemllm-7b"].vision, llama) == llama
+    assert convert_weights.with_room_for(PRESETS["eemllm-7b-980"].vision, llama) == PRESETS["eemllm-7b-980"].llama
+    assert "4900 tokens" in capsys.readouterr().err
+
+
 def test_stored_dtype_by_default_and_dtype_asked_for(tmp_path):
     convert("--llm", SOURCES / "vicuna", "--out", tmp_path / "model")
     assert nanoeemllm.load(tmp_path / "model", device="cpu").dtype == torch.float16
@@ -365,6 +372,17 @@ def test_another_path_with_weights_of_its_own_begins_at_random(path, new, left_o
     assert len(model.keys() - old.keys()) == new and len(old.keys() - model.keys()) == left_out
     assert all(torch.equal(model[name], old[name]) for name in model.keys() & old.keys())
     assert all(x.isfinite().all() and x.dtype == torch.float16 for x in model.values())
+
+
+@pytest.mark.parametrize("path", [
+    "naavit", VisualPathConfig("yopo", last_visual_layer=2, prune_heads=1),
+    VisualPathConfig("eemllm-f", composite_layers=(1, 2)), VisualPathConfig("saisa"), VisualPathConfig("flamingo", every=3)])
+def test_every_visual_path_loads_and_answers(path, tmp_path):
+    convert("--llava", SOURCES / "llava", "--out", tmp_path / "model")
+    model = nanoeemllm.load(tmp_path / "model", "cpu", torch.float32, path, new_parts=True)
+    ids = EXPECTED["llava.one.ids"].tolist()
+    assert model.logits(ids, [picture(60, 90)]).isfinite().all()
+    assert len(list(model.generate(ids, [picture(60, 90)], max_new_tokens=3, stop_ids=set()))) == 3
 
 
 @pytest.mark.parametrize("damage, said", [
