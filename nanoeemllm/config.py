@@ -8,6 +8,7 @@ refuses what it does not know. Everything that can be derived is derived here, o
 """
 
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass, field
 
@@ -153,7 +154,7 @@ class VisualPathConfig:
         if self.ffn_ratio > llama.intermediate_size:
             raise UserError(f"ffn ratio {self.ffn_ratio} leaves none of the FFN's {llama.intermediate_size} neurons")
         if self.name == "flamingo" and self.every > L:
-            raise UserError(f"a gated block every {self.every} layers puts none into {L} layers: give --every {L} or less")
+            raise UserError(f"a gated block every {self.every} layers is none in {L} layers: give --every {L} or less")
 
 
 def add_visual_path_flags(parser):
@@ -187,9 +188,9 @@ def _layers(text: str) -> tuple[int, ...]:
     """"0,2,5-7" -> (0, 2, 5, 6, 7)"""
     layers = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
+        if not re.fullmatch(r"\d+(-\d+)?", part):
             raise UserError(f"--composite-layers {text!r}: give layers as in 16-31 or 0,2,5-7")
+        first, _, last = part.partition("-")
         layers |= set(range(int(first), int(last or first) + 1))
     return tuple(sorted(layers))
 
