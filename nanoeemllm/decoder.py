@@ -190,24 +190,6 @@ class Step:
     """visual_path.Context's part for one new token a sample: its keys go into the cache, and it sees all that is there."""
 
     def __init__(self, config: LlamaConfig, cache: KVCache):
-        self.cache = cache
-        self.rows, position = cache.grow()
-        start = torch.arange(len(self.rows), dtype=torch.int32, device=self.rows.device)
-        self.query = Run(start, torch.ones_like(start), position, 1)
-        self.text, self.visual = cache.text, cache.visual
-        self.picture_runs = self.query, self.visual
-        self.rope_text = rope_cos_sin(position, config)
-
-    def keep(self, layer: int, k: Tensor, v: Tensor, k_visual: Tensor, v_visual: Tensor) -> tuple[Tensor, Tensor]:
-        k_text, v_text = self.cache.k_text[layer], self.cache.v_text[layer]
-        k_text[self.rows], v_text[self.rows] = k, v
-        return k_text, v_text
-
-
-class Step:
-    """visual_path.Context's part for one new token a sample: its keys go into the cache, and it sees all that is there."""
-
-    def __init__(self, config: LlamaConfig, cache: KVCache):
         self.config, self.cache = config, cache
         self.rows, self.position = cache.grow()
         start = torch.arange(len(self.rows), dtype=torch.int32, device=self.rows.device)
