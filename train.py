@@ -81,7 +81,7 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig):
         print(f"{stage}: finished already, {args.out / stage}")
         return
 
-    model = load(start, device=args.device, dtype=torch.float32, visual_path=path)
+    model = load(start, device=args.device, dtype=torch.float32, visual_path=path, new_parts=stage == "pretrain")
     template = "plain" if stage == "pretrain" else model.config.chat_template
     data = Mixture([ToyDataset(world, "train", "caption" if stage == "pretrain" else "conversation",
                                config.steps * config.batch_size)])
