@@ -6,7 +6,7 @@
     python convert_weights.py --llm SmolLM2-135M-Instruct --out weights/smollm2
 
 A source is a folder as the hub has it. Between --llm and --vision stands a new, random projector: train.py's first
-stage teaches it. Tensors go from file to file one at a time, so a 7B model converts in a few hundred megabytes.
+stage teaches it. Tensors go from file to file one at a time: at most one .bin file of the source is in memory.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from nanoeemllm.checkpoint import (Lazy, check_replaceable, check_tensors, is_model, listed, open_safetensors,
                                    random_weights, read_json, save, shards)
-from nanoeemllm.config import LlamaConfig, ModelConfig, UserError, VisionConfig, run_command
+from nanoeemllm.config import LlamaConfig, ModelConfig, UserError, VisionConfig, VisualPathConfig, run_command
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import TEMPLATES, Tokenizer
 from nanoeemllm.sentencepiece import read_sentencepiece
@@ -81,47 +81,49 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def convert(args) -> None:
-    check_output(args.out, args.force)
-    folder = args.llava or args.llm
-    tower = args.llava or args.vision
-    source = Source(folder, LLAVA if args.llava else LLM)
-    if args.llava:
-        require(folder, source.config, LLAVA_MUST)
-    llama = llama_config(folder, (source.config.get("text_config") or {}) if args.llava else source.config)
-    sources, vision = [source], None
-    if tower:
-        if args.vision:
-            sources.append(Source(args.vision, VISION))
-        vision, depth = vision_config(sources[-1])
-        sources[-1].pass_over_vision(vision, depth)
-        llama = with_room_for(vision, llama)
-    if llama.tie_word_embeddings:
-        source.passed_over += "|" + re.escape(source.prefix["decoder.lm_head."])
-
-    tokenizer = read_tokenizer(folder)
+    check_replaceable(args.out)
+    if is_model(args.out) and not args.force:
+        raise UserError(f"{args.out} holds a model already: give --force to replace it, or another --out")
+    sources, llama, vision = read_sources(args)
+    tokenizer = read_tokenizer(sources[0].folder)
     if tokenizer.vocab_size > llama.vocab_size:
         print(f"note: the tokenizer has {tokenizer.vocab_size} ids, the model only {llama.vocab_size} of them",
               file=sys.stderr)
-    config = ModelConfig.from_dict({  # the detour through JSON types checks every value
-        "llama": llama.__dict__ | {"rope_scaling": llama.rope_scaling and llama.rope_scaling.__dict__},
-        "vision": vision and vision.__dict__,
-        "visual_path": {"name": args.visual_path or ("llava" if args.llava else "eemllm")},
-        "chat_template": args.chat_template or guess_template(tokenizer)})
+    config = ModelConfig(llama, vision, VisualPathConfig(args.visual_path or ("llava" if args.llava else "eemllm")),
+                         args.chat_template or guess_template(tokenizer))
+    dtype = DTYPES[args.dtype] if args.dtype else sources[0].dtype()
 
     with torch.device("meta"):
         ours = {name: tuple(x.shape) for name, x in EEMLLM(config).state_dict().items()}
-    dtype = DTYPES[args.dtype] if args.dtype else source.dtype()
-    bar = tqdm(total=len(ours), unit="tensor", disable=None)
     tensors = {}
-    for source in sources:
-        tensors.update(source.take(ours, config, dtype, bar))
-    new_projector = random_weights({name: shape for name, shape in ours.items() if name not in tensors})
-    tensors.update((name, x.to(dtype)) for name, x in new_projector.items())
-    save(tensors, config, tokenizer, args.out)
-    bar.close()
-    count = sum(torch.Size(shape).numel() for shape in ours.values())
-    print(f"{args.out}: {count / 1e6:,.1f}M parameters in {str(dtype)[6:]}, visual path {config.visual_path.name}, "
-          f"chat template {config.chat_template}" + (", new projector" if new_projector else ""))
+    with tqdm(total=len(ours), unit="tensor", disable=None) as bar:
+        for source in sources:
+            tensors.update(source.take(ours, config, dtype, bar))
+        new_projector = random_weights({name: shape for name, shape in ours.items() if name not in tensors})
+        tensors.update((name, x.to(dtype)) for name, x in new_projector.items())
+        save(tensors, config, tokenizer, args.out)
+    print(f"{args.out}: {sum(torch.Size(shape).numel() for shape in ours.values()) / 1e6:,.1f}M parameters in "
+          f"{str(dtype)[6:]}, visual path {config.visual_path.name}, chat template {config.chat_template}"
+          + (", new projector" if new_projector else ""))
+
+
+def read_sources(args) -> tuple[list["Source"], LlamaConfig, VisionConfig | None]:
+    """The folders, the one with the language model first, and what their configurations come to."""
+    first = Source(args.llava, LLAVA) if args.llava else Source(args.llm, LLM)
+    sources, config = [first], first.config
+    if args.llava:
+        require(first.folder, config, LLAVA_MUST)
+        config = config.get("text_config") or {}
+    llama, vision = llama_config(first.folder, config), None
+    if llama.tie_word_embeddings:
+        first.passed_over += "|" + re.escape(first.prefix["decoder.lm_head."])
+    if args.vision:
+        sources.append(Source(args.vision, VISION))
+    if args.llava or args.vision:
+        vision, depth = vision_config(sources[-1])
+        sources[-1].pass_over_vision(vision, depth)
+        llama = with_room_for(vision, llama)
+    return sources, llama, vision
 
 
 class Source:
@@ -192,7 +194,7 @@ def llama_config(folder: Path, data: dict) -> LlamaConfig:
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if not all(key in rope for key in keys):
+        if not rope.keys() >= set(keys):
             raise UserError(f"{folder}/config.json: llama3 RoPE scaling needs {', '.join(keys)}")
         scaling = {key: rope[key] for key in keys}
     elif kind != "default":
@@ -274,7 +276,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
                       for name in ("tokenizer_config.json", "added_tokens.json"))
     tokenizer = read_sentencepiece(folder / "tokenizer.model", prefix_everywhere=settings.get("legacy") is not False)
     added = {int(i): token["content"] for i, token in settings.get("added_tokens_decoder", {}).items()}
-    for i, text in sorted((added | {i: text for text, i in more.items()}).items()):
+    for i, text in sorted((added | dict(zip(more.values(), more))).items()):
         tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
         if tokenizer.token_to_id(text) != i:
             raise UserError(f"{folder}: the added token {text!r} should be id {i}, but follows on {i - 1} ids only")
@@ -324,14 +326,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, ValueError):
         raise UserError(f"{path} is damaged or cut off; download it again") from None
     if not isinstance(held, dict) or not all(isinstance(x, Tensor) for x in held.values()):
-        raise UserError(f"{path} must hold a table of tensors and nothing else")
+        raise UserError(f"{path} holds something else than a table of tensors")
     return held
-
-
-def check_output(folder: Path, force: bool) -> None:
-    check_replaceable(folder)
-    if is_model(folder) and not force:
-        raise UserError(f"{folder} holds a model already: give --force to replace it, or another --out")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
