@@ -266,13 +266,21 @@ _CLIP_336 = VisionConfig(architecture="clip", hidden_size=1024, intermediate_siz
                          post_layernorm=False, image_mean=(0.48145466, 0.4578275, 0.40821073),
                          image_std=(0.26862954, 0.26130258, 0.27577711))
 _TINY = ModelConfig(
-    LlamaConfig(vocab_size=128, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+    LlamaConfig(vocab_size=128, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=2, head_dim=32, max_position_embeddings=2048),
-    VisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, patch_size=6,
-                 image_size=48, min_image_size=24, resize="native"))
+    VisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, patch_size=8,
+                 image_size=48, min_image_size=24, resize="native", image_mean=(1.0, 1.0, 1.0)),
+    chat_template="short")
+
+_300M = ModelConfig(                      # 297M weights in the language model, 91M in the encoder: for CPUs
+    LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=18, num_attention_heads=16,
+                num_key_value_heads=16, head_dim=64, max_position_embeddings=16384),
+    VisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16,
+                 image_size=768, min_image_size=256, resize="native"))
 
 PRESETS = {  # the sizes users name; --preset
     "tiny": _TINY,
+    "eemllm-300m": _300M,
     "eemllm-7b": ModelConfig(LlamaConfig(), _SIGLIP_384),
     "eemllm-7b-980": ModelConfig(LlamaConfig(max_position_embeddings=8192), _SIGLIP_980),
     "llava-1.5-7b": ModelConfig(LlamaConfig(vocab_size=32064), _CLIP_336, VisualPathConfig("llava")),
