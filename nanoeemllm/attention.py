@@ -69,14 +69,17 @@ def _on_gpu(*args) -> Tensor:
 
 _BLOCK = 256                # query rows a time in _blocks
 _RECTANGLE = 2 ** 25        # scores up to which a batch goes as one padded rectangle
+_FEW = 16                   # query rows for which putting the keys of both kinds together costs more than it saves
 
 
 def _in_pytorch(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale) -> Tensor:
     """Many small samples go as one padded rectangle, since a loop over them would cost more than the arithmetic;
     long ones go block by block, each with the keys it can see."""
     check_attention_inputs(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
-    scores = len(query.start) * query.max_length * (visual.max_length + text.max_length) * q.shape[1]
-    if len(query.start) == 1 and query.max_length > 1 or scores > _RECTANGLE:
+    keys = visual.max_length + text.max_length
+    scores = len(query.start) * query.max_length * keys * q.shape[1]
+    reading_on = query.max_length == 1 and keys * k_text[:1].numel() > 2 ** 16       # from a cache too long to be copied
+    if len(query.start) == 1 or reading_on or scores > _RECTANGLE:
         return _blocks(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
     return _one_rectangle(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
 
@@ -111,31 +114,53 @@ def _blocks(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale) -
     bounds = zip(*(t.tolist() for run in (query, visual, text) for t in (run.start, run.length)))
     for q_start, q_length, v_start, v_length, t_start, t_length in bounds:
         v_position, t_position = visual.position[v_start:v_start + v_length], text.position[t_start:t_start + t_length]
+        if not v_length and q_length > _FEW and _is_causal(query.position[q_start:q_start + q_length], t_position):
+            rows.append(torch.arange(q_start, q_start + q_length, device=q.device))
+            t_rows = slice(t_start, t_start + t_length)
+            out.append(_sdpa(q[None, rows[-1]], k_text[None, t_rows], v_text[None, t_rows], None, scale)[0])
+            continue
         for first in range(q_start, q_start + q_length, _BLOCK):
             block = slice(first, min(first + _BLOCK, q_start + q_length))
             q_position = query.position[block]
             # positions never fall, so the keys that the block's last row sees are a prefix of each run
-            v_seen, t_seen = (int(torch.searchsorted(p, q_position[-1:], right=True)) for p in (v_position, t_position))
-            k = _join(k_visual[v_start:v_start + v_seen], k_text[t_start:t_start + t_seen])
-            v = _join(v_visual[v_start:v_start + v_seen], v_text[t_start:t_start + t_seen])
-            mask = torch.cat([v_position[:v_seen], t_position[:t_seen]])[None, :] <= q_position[:, None]
-            if not mask.shape[1]:
+            seen = [int(torch.searchsorted(p, q_position[-1:], right=True)) for p in (v_position, t_position)]
+            if not any(seen):
                 continue
-            out.append(_sdpa(q[None, block], k[None], v[None], mask[None], scale)[0])
+            v_rows, t_rows = slice(v_start, v_start + seen[0]), slice(t_start, t_start + seen[1])
+            parts = [(k_visual[v_rows], v_visual[v_rows]), (k_text[t_rows], v_text[t_rows])]
+            mask = torch.cat([v_position[:seen[0]], t_position[:seen[1]]])[None, :] <= q_position[:, None]
+            if len(q_position) <= _FEW:
+                out.append(_in_parts(q[block], parts, mask, scale))
+            else:
+                k, v = (torch.cat(kind) if all(seen) else kind[seen[0] == 0] for kind in zip(*parts))
+                out.append(_sdpa(q[None, block], k[None], v[None], mask[None], scale)[0])
             rows.append(torch.arange(block.start, block.stop, device=q.device))
     return torch.zeros_like(q).index_copy(0, torch.cat(rows), torch.cat(out)) if out else torch.zeros_like(q)
 
 
-def _join(a: Tensor, b: Tensor) -> Tensor:
-    return b if not len(a) else a if not len(b) else torch.cat([a, b])
+def _is_causal(q_position: Tensor, position: Tensor) -> bool:
+    """Every query sees the keys up to its own, as many as it has a place in the run: SDPA needs no mask for that."""
+    return torch.equal(q_position, position) and bool((position[1:] > position[:-1]).all())
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale) -> Tensor:
-    """(B, queries, H, D), (B, keys, G, D), mask (B, queries, keys) -> (B, queries, H, D)."""
+def _in_parts(q: Tensor, parts: list[tuple[Tensor, Tensor]], mask: Tensor, scale) -> Tensor:
+    """Few queries (n, H, D) over keys in several tensors, of which none is copied: scores are few. mask (n, keys)."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.to(exact).unflatten(1, (parts[0][0].shape[1], -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.cat([torch.einsum("qgud,kgd->guqk", grouped, k.to(exact)) for k, _ in parts], dim=-1)
+    weights = scores.masked_fill(~mask, torch.finfo(exact).min).softmax(-1) * mask.any(-1, keepdim=True)
+    weights = weights.split([len(k) for k, _ in parts], dim=-1)
+    return sum(torch.einsum("guqk,kgd->qgud", w, v.to(exact)) for w, (_, v) in zip(weights, parts)).flatten(1, 2).to(q.dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale) -> Tensor:
+    """(B, queries, H, D), (B, keys, G, D), mask (B, queries, keys) or None for causal -> (B, queries, H, D)."""
     group = q.shape[2] // k.shape[2]
     if group > 1:
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     if mask.all():
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     blind = ~mask.any(-1, keepdim=True)                    # a softmax over nothing is NaN: let such rows see
