@@ -1,0 +1,183 @@
+"""The two trained models that the tiny world starts from, as the paper starts from SigLIP and Vicuna.
+
+    encoder     patches -> features, by SigLIP's sigmoid contrastive loss: every phrase of a batch ("cat", "red cat",
+                "red at top-left") against every picture, does it tell the truth?
+    language    the tiny Llama, from the world's text alone: captions, and conversations about described scenes
+
+A phrase's score for a picture is that of its best patch (a soft maximum over patches, as FILIP's late interaction is a
+hard one), a patch's score the inner product of its feature with the phrase's words. So every patch comes to say in
+its own feature, linearly, what is there and where: what the decoder will read. Pooling the patches first, as SigLIP
+does, left hardly any shape in the patches themselves.
+
+Both are trained at once, a process each, on the CPU; a core is enough for either. `make_backbones` puts them together
+with a new projector into one model folder, from which stage 1 starts.
+"""
+
+import math
+import multiprocessing
+import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nanoeemllm.checkpoint import read_json, save
+from nanoeemllm.config import PRESETS, ModelConfig, UserError
+from nanoeemllm.data import Sample
+from nanoeemllm.image import prepare_image
+from nanoeemllm.model import EEMLLM, collate
+from nanoeemllm.prompt import TEMPLATES, Tokenizer, encode_conversation
+from nanoeemllm.toy import (COLOURS, PLACES, SHAPES, Scene, ToyDataset, WorldConfig, caption, description, draw,
+                            make_scene, make_tokenizer)
+from nanoeemllm.vision import VisionTransformer
+
+ENCODER_STEPS, LANGUAGE_STEPS = 1200, 500
+BATCH = 16
+LEARNING_RATE = 1e-3                          # 3e-3 failed for either
+
+
+def make_backbones(folder: Path, world: WorldConfig, force: bool = False):
+    """Leaves a model folder whose encoder and language model are trained and whose projector is not.
+
+    One that is there already is kept, unless `force`. Raises UserError if it is of another picture size.
+    """
+    config = tiny_config(world)
+    if (folder / "config.json").exists() and not force:
+        found = ModelConfig.from_dict(read_json(folder / "config.json"))
+        if found.vision is None or found.vision.image_size != world.picture_size:
+            raise UserError(f"{folder} was made for pictures of another size than {world.picture_size}: "
+                            "give another --out, or --force")
+        return
+    spawn = multiprocessing.get_context("spawn")     # a fork would copy PyTorch's threads half-dead
+    with ProcessPoolExecutor(2, mp_context=spawn) as pool:
+        encoder, language = pool.submit(train_encoder, world, config), pool.submit(train_language, world, config)
+        trained = {"vision": encoder.result(), "decoder": language.result()}
+    torch.manual_seed(world.seed)
+    model = EEMLLM(config)
+    model.initialize()
+    state = model.state_dict()
+    for part, tensors in trained.items():
+        state.update({f"{part}.{name}": torch.from_numpy(x) for name, x in tensors.items()})
+    save(state, config, tiny_tokenizer(config), folder)
+
+
+def tiny_config(world: WorldConfig) -> ModelConfig:
+    """The preset for this world's pictures."""
+    tiny = PRESETS["tiny"]
+    return replace(tiny, vision=replace(tiny.vision, image_size=world.picture_size, min_image_size=world.picture_size))
+
+
+def tiny_tokenizer(config: ModelConfig) -> Tokenizer:
+    """The world's words and those of the chat template."""
+    return Tokenizer(make_tokenizer(" ".join(part for part in TEMPLATES[config.chat_template] if isinstance(part, str))))
+
+
+# ---- the encoder ----
+
+WORDS = (*SHAPES, *COLOURS, *PLACES)
+PHRASES = 8                                    # of every picture, a step
+
+
+def train_encoder(world: WorldConfig, config: ModelConfig) -> dict:
+    """State of a VisionTransformer, as numpy arrays. The words' vectors are thrown away."""
+    _be_alone(world.seed)
+    vision = VisionTransformer(config.vision)
+    nn.init.normal_(vision.position_embedding.weight, std=0.1)   # PyTorch's 1.0 drowns the pixels
+    words = nn.Parameter(torch.randn(len(WORDS), config.vision.hidden_size))
+    bias = nn.Parameter(torch.tensor(-3.0))
+
+    def loss(step: int) -> Tensor:
+        scenes = [make_scene(world, "train", i) for i in range(step * BATCH, (step + 1) * BATCH)]
+        pictures = [prepare_image(draw(scene, world.picture_size), config.vision) for scene in scenes]
+        features = vision(torch.cat([patches for patches, _ in pictures]), [grid for _, grid in pictures])
+        phrases, truth = make_phrases(scenes, random.Random(f"{world.seed} phrases {step}"))
+        patch_words = features.unflatten(0, (BATCH, -1)) @ F.normalize(words, dim=1).T           # (B, P, words)
+        scores = (patch_words @ phrases.T).logsumexp(dim=1) + bias                               # (B, phrases)
+        each = F.binary_cross_entropy_with_logits(scores, truth, reduction="none")
+        return each[truth == 1].mean() + each[truth == 0].mean()                # nine in ten of the pairs are false
+
+    _optimize([*vision.parameters(), words, bias], loss, ENCODER_STEPS, "encoder", 0)
+    return _as_numpy(vision)
+
+
+def make_phrases(scenes: list[Scene], rng: random.Random) -> tuple[Tensor, Tensor]:
+    """PHRASES of every scene, each one to three words about one of its things.
+
+    Returns which words each has (N, words), and of which scenes each is true (B, N), both 0 or 1.
+    """
+    things = [[{WORDS.index(t.shape), WORDS.index(t.colour), WORDS.index(PLACES[t.place])} for t in scene]
+              for scene in scenes]
+    phrases = [set(rng.sample(sorted(rng.choice(scene)), rng.choice((1, 1, 2, 2, 3))))
+               for scene in things for _ in range(PHRASES)]
+    holds = torch.zeros(len(phrases), len(WORDS))
+    for row, phrase in enumerate(phrases):
+        holds[row, list(phrase)] = 1
+    truth = torch.tensor([[float(any(phrase <= thing for thing in scene)) for phrase in phrases] for scene in things])
+    return holds, truth
+
+
+# ---- the language model ----
+
+def train_language(world: WorldConfig, config: ModelConfig) -> dict:
+    """State of a Decoder, as numpy arrays: next-token prediction on documents of the world's text."""
+    _be_alone(world.seed)
+    tokenizer = tiny_tokenizer(config)
+    model = EEMLLM(replace(config, vision=None), tokenizer)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:                        # the usual spread of 0.02 is for widths of thousands
+            nn.init.normal_(p, std=1 if "embed" in name else p.shape[1] ** -0.5)
+
+    def loss(step: int) -> Tensor:
+        batch = collate([document(world, i, tokenizer, config) for i in range(step * BATCH, (step + 1) * BATCH)])
+        return model(batch) / len(batch.targets)
+
+    _optimize(list(model.parameters()), loss, LANGUAGE_STEPS, "language", 1)
+    return _as_numpy(model.decoder)
+
+
+def document(world: WorldConfig, index: int, tokenizer: Tokenizer, config: ModelConfig) -> Sample:
+    """A described scene and its caption, or questions about it; what stage 1 and 2 will see, with words for pixels."""
+    if index % 4 == 0:
+        scene, rng = make_scene(world, "train", index), random.Random(f"{world.seed} document {index}")
+        text = description(scene, rng) + "\n" + caption(scene, rng.choice(("thing", "place")))
+        ids = [*tokenizer.encode(text, bos=True), tokenizer.eos_id]
+    else:
+        conversation = ToyDataset(world, "train", "text")[index]["conversations"]
+        ids, _ = encode_conversation(tokenizer, conversation, config.chat_template)
+    return Sample(ids, [False] + [True] * (len(ids) - 1), [], f"text-{index}")
+
+
+# ---- both ----
+
+def _be_alone(seed: int):
+    """In a process of its own: one thread, since two cores are shared by two processes."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+
+
+def _optimize(params: list[nn.Parameter], loss_of: Callable[[int], Tensor], steps: int, name: str, line: int):
+    """AdamW, warm-up, cosine to 0."""
+    optimizer = torch.optim.AdamW([{"params": [p for p in params if p.dim() > 1], "weight_decay": 0.01},
+                                   {"params": [p for p in params if p.dim() < 2], "weight_decay": 0}],
+                                  lr=LEARNING_RATE, betas=(0.9, 0.98))
+    bar: Iterable[int] = tqdm(range(steps), name, position=line, disable=None, mininterval=0.5)
+    for step in bar:
+        loss = loss_of(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+
+
+def _as_numpy(module: nn.Module) -> dict:
+    """Arrays travel between processes without shared memory."""
+    return {name: x.detach().numpy() for name, x in module.state_dict().items()}
