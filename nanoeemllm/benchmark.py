@@ -146,7 +146,10 @@ class Predictions:
         """row -> record, of all processes."""
         records = {}
         for path in sorted(self.folder.glob("predictions-*.jsonl")):
-            lines = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            try:
+                lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]    # the last may be torn off
+            except ValueError as error:
+                raise UserError(f"{path} is damaged ({error}): remove it, its rows will be asked again") from None
             other = [key for key, value in self.settings.items() if lines and lines[0].get(key) != value]
             if other:
                 raise UserError(f"{path} was made with " + ", ".join(f"{key} {lines[0].get(key)!r}" for key in other)

@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from nanoeemllm.benchmark import TSV, Predictions, as_list, detect
 from nanoeemllm.checkpoint import load, read_json
-from nanoeemllm.config import ModelConfig, UserError, add_visual_path_flags, run_command, visual_path_from
+from nanoeemllm.config import (ModelConfig, UserError, VisualPathConfig, add_visual_path_flags, run_command,
+                               visual_path_from)
 from nanoeemllm.data import patch_grid
 from nanoeemllm.image import load_image
 from nanoeemllm.metrics import CHOICE, GROUPS, METRICS, YES_NO, grade, options_of, summarize
@@ -175,7 +176,9 @@ def _ask(model, batch: list[Asked], metric: str, max_new_tokens: int) -> Iterato
         prediction = model.tokenizer.decode(ids).strip()
         read, score = grade(metric, prediction, row)
         kept = {key: row[key] for key in ("row", "index", "question", "answer", "picture", *GROUPS) if row.get(key)}
-        yield kept | {"options": len(options_of(row)), "prediction": prediction, "read": read, "score": score}
+        if metric in YES_NO + CHOICE:
+            kept |= {"read": read, "options": len(options_of(row))}
+        yield kept | {"prediction": prediction, "score": score}
 
 
 def evaluate_rows(model, rows: Iterable[dict], metric: str = "exact", max_new_tokens: int = 128,
@@ -272,11 +275,13 @@ def main(argv: list[str] | None = None):
     metric = args.metric or detect(args.tsv.stem, tsv.columns)
     if not len(tsv):
         raise UserError(f"{args.tsv} has no rows under its first line")
-    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     settings = {
         "weights": str(args.weights.resolve()), "written": (args.weights / "config.json").stat().st_mtime,
         "tsv": str(args.tsv.resolve()), "tsv_bytes": args.tsv.stat().st_size, "metric": metric,
-        "visual_path": dataclasses.asdict(path), "max_new_tokens": args.max_new_tokens,
+        "visual_path": describe(path), "max_new_tokens": args.max_new_tokens,
         "dtype": args.dtype or ("bfloat16" if device.startswith("cuda") else "as stored")}
     name = args.tsv.stem + (f"-{args.visual_path}" if args.visual_path else "")
     predictions = Predictions(args.out or args.weights / "eval" / name, settings)
@@ -304,6 +309,13 @@ def main(argv: list[str] | None = None):
     if rank == 0:
         report(args.tsv.name, [record for row, record in sorted(predictions.read().items()) if row <= len(tsv)],
                settings, predictions.folder / "results.json")
+
+
+def describe(path: VisualPathConfig) -> str:
+    """"yopo window=7": the name, and what is not as by default."""
+    values = [(f.name, getattr(path, f.name), f.default) for f in dataclasses.fields(path)[1:]]
+    changed = [f"{name}={value}" for name, value, default in values if value != default]
+    return " ".join([path.name, *changed])
 
 
 def open_model(args, device: str, path):

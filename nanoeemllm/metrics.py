@@ -210,14 +210,14 @@ def normalize_vqa(text: str) -> str:
 # ---- many answers ----
 
 def summarize(metric: str, records: list[dict]) -> dict:
-    """records: "bad" (why the row could not be asked), or what was asked and said with "read" and "score".
+    """records: "bad" (why the row could not be asked), or what was asked and said with its "score", and "read".
 
     -> {"metric", "rows" scored, "bad", "unread", "overall": {name: value}, and for each of GROUPS that the rows have:
     {group: {name: value}}}.
     """
     scored = [r for r in records if "bad" not in r]
     result = {"metric": metric, "rows": len(scored), "bad": len(records) - len(scored),
-              "unread": sum(r["read"] is None for r in scored)}
+              "unread": sum(r.get("read", "") is None for r in scored)}
     if metric == "pope":    # one row stands for every kind of negative sampling that it is used in
         scored = [r | {"category": part.strip()} for r in scored for part in r.get("category", "").split(",")]
     result["overall"] = mme_totals(scored) if metric == "mme" else _numbers(metric, scored)

@@ -355,3 +355,16 @@ def test_the_whole_command_on_a_real_model_split_over_processes(tmp_path):
     found = [Predictions(tmp_path / name, {}).read() for name in "12"]
     assert len(list((tmp_path / "2").glob("predictions-*.jsonl"))) == 2
     assert found[0] == found[1] and set(found[0]) == set(range(1, 10))
+
+
+def test_damaged_predictions_and_folders_that_cannot_be_written(tmp_path, weights):
+    folder, _ = weights
+    tsv = choices(tmp_path / "Choices.tsv")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*predictions-0.jsonl: (File exists|Not a directory)"):
+        run(folder, tsv, "--out", str(tmp_path / "file"))
+    run(folder, tsv)
+    file = folder / "eval" / "Choices" / "predictions-0.jsonl"
+    file.write_text(file.read_text() + "\0\0\n")
+    with pytest.raises(UserError, match="predictions-0.jsonl is damaged"):
+        run(folder, tsv)
