@@ -7,12 +7,12 @@ and a prefix of the text run. Two words, a picture, two words, a second picture,
 
                       visual keys          text keys
     query position    2 3 4   7 8 9        0 1   5 6   10 11
-          0           . . .   . . .        : .   . .    .  .  \
-          1           . . .   . . .        : #   . .    .  .   |  tile of four queries
-          5           # # #   . . .        : #   # .    .  .   |
-          6           # # #   . . .        : #   # #    .  .  /
-         10           : : :   : : :        : :   : :    :  .  \   tile of the next two
-         11           : : :   : : :        : :   : :    :  #  /
+          0           . . .   . . .        : .   . .    .  .     |
+          1           . . .   . . .        : #   . .    .  .     |  one tile of queries
+          5           # # #   . . .        : #   # .    .  .     |
+          6           # # #   . . .        : #   # #    .  .     |
+         10           : : :   : : :        : :   : :    :  .        |  the next
+         11           : : :   : : :        : :   : :    :  #        |
 
 HOW. One program takes a tile of BLOCK_M query rows and walks both runs in blocks of BLOCK_N keys. Two searches in the
 sorted positions tell it, for each run, how many keys the tile's first query sees (so does every row of the tile:
@@ -344,7 +344,7 @@ def choose_splits(programs: int, most: int, places: int) -> int:
         rounds = programs * splits / places
         return rounds / math.ceil(rounds)
     choices = range(1, min(max(most, 1), 64) + 1)
-    return next(splits for splits in choices if filled(splits) >= 0.85 * max(map(filled, choices)))
+    return next(splits for splits in choices if filled(splits) >= 0.9 * max(map(filled, choices)))
 
 
 def dense_rows(x: Tensor) -> tuple[Tensor, int, int]:
