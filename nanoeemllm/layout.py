@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from nanoeemllm.attention import Run
-from nanoeemllm.config import IMAGE_TOKEN, UserError
+from nanoeemllm.config import IMAGE_TOKEN, LlamaConfig, UserError
+from nanoeemllm.llama import rope_cos_sin
 
 
 class PlacedPicture(NamedTuple):
@@ -89,6 +90,38 @@ class Layout:
     def to(self, device) -> "Layout":
         move = lambda run: Run(*(t.to(device, non_blocking=True) for t in run[:3]), run.max_length)
         return Layout(move(self.text), move(self.visual), self.grids)
+
+
+class Context:
+    """What every layer of one pass needs beside the rows themselves. (decoder.Step is the same for one new token.)"""
+
+    def __init__(self, config: LlamaConfig, layout: Layout, cache=None):
+        """cache: decoder.KVCache, filled by a pass over prompts."""
+        self.config, self.layout, self.cache = config, layout, cache
+        self.query = self.text = layout.text
+        self.visual = layout.visual
+
+    @cached_property
+    def rope_text(self) -> tuple[Tensor, Tensor]:
+        return rope_cos_sin(self.layout.text.position, self.config)
+
+    @cached_property
+    def rope_visual(self) -> tuple[Tensor, Tensor]:
+        return rope_cos_sin(self.layout.visual.position, self.config)
+
+    @cached_property
+    def rope_merged(self) -> tuple[Tensor, Tensor]:
+        return rope_cos_sin(self.layout.merged.position, self.config)
+
+    @property
+    def picture_runs(self) -> tuple[Run, Run]:
+        return self.layout.picture_runs
+
+    def keep(self, layer: int, k: Tensor, v: Tensor, k_visual: Tensor, v_visual: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer made of its text rows -> the keys and values its queries see as text."""
+        if self.cache is not None:
+            self.cache.fill(layer, k, v, k_visual, v_visual)
+        return k, v
 
 
 def build_layout(samples: list[list[int]], grids: list[list[tuple[int, int]]]) -> tuple[Tensor, Layout]:

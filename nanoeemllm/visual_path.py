@@ -14,8 +14,8 @@ see; after the last layer's nothing reads the visual tokens, so no path carries 
 path can change. Weights of a path's own lie in the layer: `layer.visual_projector` (saisa), `layer.cross` (flamingo).
 """
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,50 +23,8 @@ from torch import Tensor, nn
 
 from nanoeemllm.attention import Run, composite_attention
 from nanoeemllm.config import LlamaConfig, VisualPathConfig
-from nanoeemllm.layout import Layout, run_of
-from nanoeemllm.llama import LlamaLayer, RMSNorm, SelfAttention, SwiGLU, apply_rope, rope_cos_sin
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every layer of one pass needs beside the rows themselves. (decoder.Step is the same for one new token.)"""
-    config: LlamaConfig
-    layout: Layout
-    cache: "object | None" = None            # decoder.KVCache, filled by a pass over a prompt
-
-    @property
-    def query(self) -> Run:
-        return self.layout.text
-
-    @property
-    def text(self) -> Run:
-        return self.layout.text
-
-    @property
-    def visual(self) -> Run:
-        return self.layout.visual
-
-    @cached_property
-    def rope_text(self) -> tuple[Tensor, Tensor]:
-        return rope_cos_sin(self.layout.text.position, self.config)
-
-    @cached_property
-    def rope_visual(self) -> tuple[Tensor, Tensor]:
-        return rope_cos_sin(self.layout.visual.position, self.config)
-
-    @cached_property
-    def rope_merged(self) -> tuple[Tensor, Tensor]:
-        return rope_cos_sin(self.layout.merged.position, self.config)
-
-    @property
-    def picture_runs(self) -> tuple[Run, Run]:
-        return self.layout.picture_runs
-
-    def keep(self, layer: int, k: Tensor, v: Tensor, k_visual: Tensor, v_visual: Tensor) -> tuple[Tensor, Tensor]:
-        """What a layer made of its text rows -> the keys and values its queries see as text."""
-        if self.cache is not None:
-            self.cache.fill(layer, k, v, k_visual, v_visual)
-        return k, v
+from nanoeemllm.layout import Context, run_of
+from nanoeemllm.llama import LlamaLayer, RMSNorm, SelfAttention, SwiGLU, apply_rope
 
 
 class VisualPath:
@@ -81,8 +39,7 @@ class VisualPath:
         return text, visual
 
     def __call__(self, layer: LlamaLayer, text: Tensor, visual: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """A whole layer: text rows (T, C) and visual rows in, both out."""
-        raise TypeError("a path of its own")
+        """A whole layer: text rows (T, C) and visual rows in, both out. Every path has one."""
 
     def text_step(self, layer: LlamaLayer, text: Tensor, k_visual: Tensor, v_visual: Tensor, ctx: Context,
                   keys: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -131,7 +88,6 @@ class CompositePath(VisualPath):
 
     def visual_step(self, layer: LlamaLayer, visual: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Visual rows (V, C) -> their keys and values in this layer (V, G, D), and the rows for the next one."""
-        raise TypeError("a path of its own")
 
     def turn(self, k: Tensor, rope) -> Tensor:
         """Keys of a picture that was kept, moved to another place."""
@@ -304,44 +260,31 @@ class YOPOPath(VisualPath):
         self.window, self.llama = config.window, llama
         self.neurons = llama.intermediate_size // config.ffn_ratio
         self.cut = config.visual_layers(llama)
-        self.kept = [config.heads(llama, layer) for layer in range(self.cut)]
+        self.heads = [_Heads.of(config.heads(llama, layer), llama) for layer in range(self.cut)]
 
     def __call__(self, layer: LlamaLayer, text: Tensor, visual: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         if layer.index >= self.cut:
             return self.text_step(layer, text, *_no_heads(visual, self.llama), ctx), visual
-        a, D = layer.self_attn, self.llama.head_dim
-        h = layer.input_layernorm(visual)
-        used = self._key_heads(layer)
-        k, v = (F.linear(h, _heads_of(proj.weight, used, D)).unflatten(-1, (-1, D)) for proj in (a.k_proj, a.v_proj))
+        h, used = layer.input_layernorm(visual), self.heads[layer.index].keys
+        k, v = (_part(h, proj.weight, used, self.llama) for proj in (layer.self_attn.k_proj, layer.self_attn.v_proj))
         k = apply_rope(k, ctx.rope_visual)
-        keys = a.keys_values(layer.input_layernorm(text), ctx.rope_text)
+        keys = layer.self_attn.keys_values(layer.input_layernorm(text), ctx.rope_text)
         if layer.index == self.cut - 1:
             visual = visual[:0]
         else:
             visual = self._visual_rows(layer, visual, h, k, v, *keys, ctx)
         return self.text_step(layer, text, k, v, ctx, keys), visual
 
-    def _key_heads(self, layer: LlamaLayer) -> tuple[int, ...]:
-        """The key heads that the kept query heads use."""
-        return tuple(sorted({head // layer.self_attn.group for head in self.kept[layer.index]}))
-
-    def _split(self, layer: LlamaLayer, device) -> tuple[Tensor, Tensor, Tensor]:
-        """Kept heads, the key head of each among all, and among those of the visual keys."""
-        kept, used = self.kept[layer.index], self._key_heads(layer)
-        of = tuple(head // layer.self_attn.group for head in kept)
-        return _index(kept, device), _index(of, device), _index(tuple(map(used.index, of)), device)
-
     def _visual_rows(self, layer: LlamaLayer, visual, h, k, v, k_text, v_text, ctx: Context) -> Tensor:
         """(V, C) -> (V, C): attention in the kept heads, O, the part of the FFN."""
-        a, m, D, f = layer.self_attn, layer.mlp, self.llama.head_dim, self.neurons
-        kept = self.kept[layer.index]
-        _, of_text, of_visual = self._split(layer, h.device)
-        q = apply_rope(F.linear(h, _heads_of(a.q_proj.weight, kept, D)).unflatten(-1, (-1, D)), ctx.rope_visual)
-        k, v, k_text, v_text = k[:, of_visual], v[:, of_visual], k_text[:, of_text], v_text[:, of_text]
-        heads = [_window_attention(q[p.rows], k[p.rows], v[p.rows], k_text[p.before], v_text[p.before], p.grid,
-                                   self.window) for p in ctx.layout.pictures]
-        heads = torch.cat(heads) if heads else q
-        visual = visual + F.linear(heads.flatten(1), _heads_of(a.o_proj.weight.T, kept, D).T)
+        a, m, f, heads = layer.self_attn, layer.mlp, self.neurons, self.heads[layer.index]
+        q = apply_rope(_part(h, a.q_proj.weight, heads.kept, self.llama), ctx.rope_visual)
+        k, v = (x[:, _index(heads.kept_to_keys, x.device)] for x in (k, v))
+        k_text, v_text = (x[:, _index(heads.kept_to_all, x.device)] for x in (k_text, v_text))
+        out = [_window_attention(q[p.rows], k[p.rows], v[p.rows], k_text[p.before], v_text[p.before], p.grid,
+                                 self.window) for p in ctx.layout.pictures]
+        out = torch.cat(out) if out else q
+        visual = visual + F.linear(out.flatten(1), _heads_of(a.o_proj.weight.T, heads.kept, self.llama).T)
         n = layer.post_attention_layernorm(visual)
         n = F.silu(F.linear(n, m.gate_proj.weight[:f])) * F.linear(n, m.up_proj.weight[:f])
         return visual + F.linear(n, m.down_proj.weight[:, :f])
@@ -350,17 +293,35 @@ class YOPOPath(VisualPath):
         """Text queries, of prompts or new ones: kept heads see both kinds of keys, pruned ones text alone."""
         if layer.index >= self.cut:
             return _text_alone(q, k_text, v_text, ctx)
-        kept, every = self.kept[layer.index], tuple(range(q.shape[1]))
-        if kept == every:
+        heads = self.heads[layer.index]
+        if not heads.pruned:
             return super().attend(layer, q, k_visual, v_visual, k_text, v_text, ctx)
+        pick = lambda x, numbers: x[:, _index(numbers, x.device)]
+        visual = [pick(x, heads.kept_to_keys) for x in (k_visual, v_visual)]
+        text, text_of_pruned = ([pick(x, to) for x in (k_text, v_text)] for to in (heads.kept_to_all, heads.pruned_to_all))
+        seeing = super().attend(layer, pick(q, heads.kept), *visual, *text, ctx)
+        blind = _text_alone(pick(q, heads.pruned), *text_of_pruned, ctx)
+        return pick(torch.cat([seeing, blind], dim=1), heads.order)
+
+
+class _Heads(NamedTuple):
+    """yopo's heads in one layer, by their numbers."""
+    kept: tuple[int, ...]            # query heads
+    pruned: tuple[int, ...]
+    keys: tuple[int, ...]            # key heads that the kept ones use: visual keys have these
+    kept_to_keys: tuple[int, ...]    # which of `keys` each kept head uses
+    kept_to_all: tuple[int, ...]     # which of all key heads
+    pruned_to_all: tuple[int, ...]
+    order: tuple[int, ...]           # every head's place in kept + pruned
+
+    @classmethod
+    def of(cls, kept: tuple[int, ...], llama: LlamaConfig) -> "_Heads":
+        every, group = range(llama.num_attention_heads), llama.num_attention_heads // llama.num_key_value_heads
         pruned = tuple(head for head in every if head not in kept)
-        heads, of_text, of_visual = self._split(layer, q.device)
-        seeing = super().attend(layer, q[:, heads], k_visual[:, of_visual], v_visual[:, of_visual],
-                                k_text[:, of_text], v_text[:, of_text], ctx)
-        of_pruned = _index(tuple(head // layer.self_attn.group for head in pruned), q.device)
-        blind = _text_alone(q[:, _index(pruned, q.device)], k_text[:, of_pruned], v_text[:, of_pruned], ctx)
-        place = tuple((kept + pruned).index(head) for head in every)
-        return torch.cat([seeing, blind], dim=1)[:, _index(place, q.device)]
+        kept_to_all, pruned_to_all = (tuple(head // group for head in heads) for heads in (kept, pruned))
+        keys = tuple(sorted(set(kept_to_all)))
+        return cls(kept, pruned, keys, tuple(map(keys.index, kept_to_all)), kept_to_all, pruned_to_all,
+                   tuple(map((kept + pruned).index, every)))
 
 
 def _window_attention(q: Tensor, k: Tensor, v: Tensor, k_text: Tensor, v_text: Tensor, grid, window: int) -> Tensor:
@@ -390,11 +351,16 @@ def _index(numbers: tuple[int, ...], device) -> Tensor:
         return torch.tensor(numbers, device=device)
 
 
-def _heads_of(weight: Tensor, heads: tuple[int, ...], head_dim: int) -> Tensor:
-    """(heads * D, width) -> the rows of these heads alone."""
-    if len(heads) * head_dim == len(weight):
+def _heads_of(weight: Tensor, heads: tuple[int, ...], llama: LlamaConfig) -> Tensor:
+    """(all heads * D, width) -> the rows of these heads alone."""
+    if len(heads) * llama.head_dim == len(weight):
         return weight
-    return weight.unflatten(0, (-1, head_dim))[_index(heads, weight.device)].flatten(0, 1)
+    return weight.unflatten(0, (-1, llama.head_dim))[_index(heads, weight.device)].flatten(0, 1)
+
+
+def _part(h: Tensor, weight: Tensor, heads: tuple[int, ...], llama: LlamaConfig) -> Tensor:
+    """A projection to these heads alone: (N, C) -> (N, heads, D)."""
+    return F.linear(h, _heads_of(weight, heads, llama)).unflatten(-1, (-1, llama.head_dim))
 
 
 def make_visual_path(config: VisualPathConfig, llama: LlamaConfig, feature_width: int | None = None) -> VisualPath:
