@@ -4,30 +4,50 @@
     python train.py --stage pretrain       only the projector learns, from captions
     python train.py --stage finetune       projector and language model learn, from conversations
 
+The same on your data, LLaVA's JSON and a folder of pictures, on one GPU or many:
+
+    python train.py --stage pretrain --init weights/eemllm-7b --data blip_laion_cc_sbu_558k.json --images LLaVA-Pretrain
+    torchrun --nproc_per_node=8 train.py --stage finetune --init out/pretrain --data llava_v1_5_mix665k.json --images data
+
 Each stage leaves a model folder, out/backbone, out/pretrain, out/finetune, and beside it what the run saw
-(out/pretrain-run: run.json, metrics.jsonl, loss.png, checkpoints). Stop it when you like: --resume goes on.
+(out/pretrain-run: run.json, metrics.jsonl, loss.png, checkpoints). Stop it when you like: --resume goes on, on another
+number of processes too. --dry-run tells beforehand what a stage needs and costs, --show-batch what it learns from.
 """
 
 import argparse
 import dataclasses
+import errno
 import functools
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from nanoeemllm import ModelConfig, UserError, load
-from nanoeemllm.backbone import make_backbones
-from nanoeemllm.checkpoint import read_json, save
-from nanoeemllm.config import add_visual_path_flags, run_command, visual_path_from
-from nanoeemllm.data import Loader, Mixture, Plan, encode_sample
+from nanoeemllm.backbone import make_backbones, tiny_config, tiny_tokenizer
+from nanoeemllm.checkpoint import read_json
+from nanoeemllm.config import PRESETS, add_visual_path_flags, run_command, visual_path_from
+from nanoeemllm.conversations import describe_problems
+from nanoeemllm.data import Loader, Mixture, Plan, count_tokens, encode_sample, open_mixture, token_cost
+from nanoeemllm.distributed import Group, join, save_model, spread
+from nanoeemllm.preview import Measure, forecast, show_batch
+from nanoeemllm.prompt import Tokenizer
+from nanoeemllm.run import Run
 from nanoeemllm.toy import ToyDataset, WorldConfig
-from nanoeemllm.training import Run, Stopped, TrainConfig, train
+from nanoeemllm.training import Habits, OnOneProcess, Stopped, TrainConfig, freeze_for, train
 
-STAGES = {  # the tiny world's settings
+TINY = {  # the tiny world's settings
     "pretrain": TrainConfig("pretrain", steps=300, batch_size=16, learning_rate=2e-3),
     "finetune": TrainConfig("finetune", steps=2000, batch_size=16, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.98)),
 }
+PAPER = {  # LLaVA's and the paper's; an epoch of the data is so many steps
+    "pretrain": TrainConfig("pretrain", steps=0, batch_size=256, learning_rate=1e-3),
+    "finetune": TrainConfig("finetune", steps=0, batch_size=128, learning_rate=2e-5),
+}
+MICRO_BATCH_TOKENS = 8192    # a 7B model's activations of them take about 40 GB without --checkpoint-activations
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,67 +57,223 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="where the stages' folders go (out)")
     add("--init", type=Path, metavar="DIR", help="model folder to start from (the stage before's)")
     add_visual_path_flags(parser)
-    add("--steps", type=int, help="optimizer steps of the stage")
-    add("--batch-size", type=int, help="samples a step")
-    add("--lr", type=float, help="highest learning rate")
+    add("--steps", type=_positive(int), help="optimizer steps of the stage")
+    add("--batch-size", type=_positive(int), help="samples a step, over all processes")
+    add("--lr", type=_positive(float), help="highest learning rate")
     add("--seed", type=int, default=0)
-    add("--checkpoint-every", type=int, default=500, metavar="STEPS")
+    add("--checkpoint-every", type=_positive(int), default=500, metavar="STEPS", help="(500)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--force", action="store_true", help="train anew what --out holds already")
     add("--device", help="cuda, mps or cpu (the first there is)")
-    world = parser.add_argument_group("the tiny world")
-    world.add_argument("--picture-size", type=int, default=48, help="pixels a side (48)")
-    world.add_argument("--max-things", type=int, default=3, help="most things in a picture (3)")
-    world.add_argument("--hardness", type=int, default=0, help="1: more jitter, and questions about relations (0)")
-    return parser.parse_args(argv)
+    add("--checkpoint-activations", action="store_true", help="less memory, a third more work")
+    add("--compile", action="store_true", help="compile the decoder's layers with torch.compile")
+    add("--show-batch", action="store_true", help="print the first packed batch as text, and end")
+
+    data = parser.add_argument_group("your data").add_argument
+    data("--data", action="append", metavar="FILE[:WEIGHT]", help="LLaVA's JSON; several files are mixed by weight")
+    data("--images", metavar="DIR", help="the folder that the pictures' names are relative to")
+    data("--val-data", action="append", metavar="FILE", help="held-out conversations, measured at every checkpoint")
+    data("--epochs", type=_positive(float), default=1.0, help="instead of --steps (1)")
+    data("--max-length", type=_positive(int), help="tokens a sample; turns beyond are cut off (the model's context)")
+    data("--micro-batch-tokens", type=_positive(int), metavar="N",
+         help=f"a micro-batch's, visual ones counted by what they cost ({MICRO_BATCH_TOKENS})")
+    data("--workers", type=int, metavar="N", help="processes that prepare batches, for each process that trains (4)")
+    data("--max-bad", type=float, default=0.01, metavar="PART", help="samples that may be unusable (0.01)")
+
+    dry = parser.add_argument_group("--dry-run").add_argument
+    dry("--dry-run", action="store_true", help="print what the stage needs and costs, and end")
+    dry("--gpus", type=_positive(int), default=8, help="(8)")
+    dry("--mfu", type=_positive(float), default=0.5, help="part of the GPUs' peak that is reached (0.5)")
+    dry("--preset", choices=PRESETS, help="a model that is not there yet; needs --assume")
+    dry("--assume", metavar="SAMPLES,TEXT,VISUAL", help="data that is not there yet: how many, and tokens of each")
+
+    world = parser.add_argument_group("the tiny world").add_argument
+    world("--picture-size", type=int, default=48, help="pixels a side (48)")
+    world("--max-things", type=int, default=3, help="most things in a picture (3)")
+    world("--hardness", type=int, default=0, help="1: more jitter, and questions about relations (0)")
+    args = parser.parse_args(argv)
+    if args.data and args.stage not in ("pretrain", "finetune"):
+        parser.error("--data is for one stage: add --stage pretrain or --stage finetune")
+    if args.preset and not args.assume:
+        parser.error("--preset has no tokenizer: add --assume SAMPLES,TEXT,VISUAL")
+    return args
+
+
+def _positive(number: type) -> Callable:
+    def parse(text: str):
+        value = number(text)
+        if not 0 < value < math.inf:
+            raise ValueError
+        return value
+    parse.__name__ = f"positive {number.__name__}"       # argparse tells it: invalid positive int value
+    return parse
 
 
 def main(args: argparse.Namespace):
     world = WorldConfig(args.picture_size, args.max_things, args.hardness, args.seed)
     stages = ("backbone", "pretrain", "finetune") if args.stage == "all" else (args.stage,)
-    for stage in stages:
-        if stage == "backbone":
-            make_backbones(args.out / "backbone", world, force=args.force)
-        else:
-            run_stage(stage, args, world)
-    if "finetune" in stages:
-        model = load(args.out / "finetune", device=args.device)
-        exam(model, world)
+    with join(args.device) as group:
+        try:
+            for stage in stages:
+                if stage != "backbone":
+                    run_stage(stage, args, world, group)
+                elif not (args.dry_run or args.show_batch):
+                    group.first_alone(lambda: make_backbones(args.out / "backbone", world, force=args.force))
+        except Stopped as stopped:
+            if group.is_first:
+                print(stopped)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise UserError(f"the disk is full ({error.filename or args.out}): the last checkpoint stands; make room and "
+                            "run the same command with --resume") from error
+        except UserError as error:
+            if group.is_first or isinstance(error, OnOneProcess):
+                raise
+            sys.exit(2)                                  # the first process tells it
+    if "finetune" in stages and group.is_first and not (args.data or args.dry_run or args.show_batch):
+        report(load(args.out / "finetune", device=args.device), world)
 
 
-def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig):
+def report(model, world: WorldConfig):
+    """What the model has learned of the tiny world: scores beside their controls, and a few answers."""
+    from nanoeemllm import toy_report
+    toy_report.show(model, world, toy_report.score(model, world))
+
+
+def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: Group):
     """Trains one stage from the model folder of the one before, and leaves its own."""
     start = args.init or args.out / {"pretrain": "backbone", "finetune": "pretrain"}[stage]
-    if not (start / "config.json").exists():
-        if stage == "finetune" or args.init:
-            raise UserError(f"{start} holds no model: run `python train.py --stage pretrain` first, or name one with --init")
-        make_backbones(start, world)
-    config = stage_config(stage, args)
-    path = visual_path_from(args, ModelConfig.from_dict(read_json(start / "config.json")).visual_path)
-    told = {"init": str(start), "visual_path": dataclasses.asdict(path), "world": dataclasses.asdict(world),
-            **dataclasses.asdict(config)}
-    run = Run(args.out / f"{stage}-run", told, args.resume, args.force)
+    look = args.dry_run or args.show_batch
+    if args.dry_run and args.assume:
+        return print(*dry_run(stage, args, folder_config(start, args, world), None), sep="\n")
+    if not (start / "config.json").exists() and not (look and not args.init and not args.data):
+        if stage == "finetune" or args.init or args.data:
+            raise UserError(f"{start} holds no model: " + ("name one with --init" if stage == "pretrain" else
+                            "run `python train.py --stage pretrain` first, or name one with --init"))
+        group.first_alone(lambda: make_backbones(start, world))
+
+    config = folder_config(start, args, world)
+    tokenizer = Tokenizer(start / "tokenizer.json") if (start / "config.json").exists() else tiny_tokenizer(config)
+    data = (your_data if args.data else tiny_data)(stage, args, world, config, tokenizer, group)
+    if args.dry_run:
+        return print(*dry_run(stage, args, config, data), sep="\n")
+    if args.show_batch:
+        return print(*show_batch(next(iter(data.loader(group, 0, 1))).batch, tokenizer), sep="\n")
+
+    told = {"init": str(start), "visual_path": dataclasses.asdict(config.visual_path), **data.told,
+            **dataclasses.asdict(data.config)}
+    run = Run(args.out / f"{stage}-run", told, group, args.resume, args.force)
     if run.is_finished:
-        print(f"{stage}: finished already, {args.out / stage}")
+        if group.is_first:
+            print(f"{stage}: finished already, {args.out / stage}")
         return
 
-    model = load(start, device=args.device, dtype=torch.float32, visual_path=path, new_parts=stage == "pretrain")
-    template = "plain" if stage == "pretrain" else model.config.chat_template
-    data = Mixture([ToyDataset(world, "train", "caption" if stage == "pretrain" else "conversation",
-                               config.steps * config.batch_size)])
-    encode = functools.partial(encode_sample, tokenizer=model.tokenizer, template=template, vision=model.config.vision,
-                               max_length=model.config.llama.max_position_embeddings)
-    plan = Plan(data, config.batch_size, config.seed)
-    train(model, lambda first: Loader(plan, encode, first, config.steps), config, run)
-    save(model.state_dict(), model.config, model.tokenizer, args.out / stage)
+    model = load(start, device="cpu", visual_path=config.visual_path, new_parts=stage == "pretrain")
+    freeze_for(model, stage)
+    model.decoder.checkpoint_activations = args.checkpoint_activations
+    if args.compile:
+        for layer in model.decoder.layers:
+            layer.compile(dynamic=True)
+    stored = spread(model, group)
+    train(model, lambda first: data.loader(group, first, data.config.steps), data.config, run, group,
+          data.held_out and (lambda: data.held_out.loader(group, 0, data.held_out.plan.steps_per_epoch)),
+          Habits(args.checkpoint_every, max_bad=args.max_bad))
+    save_model(model, stored, group, args.out / stage)
     run.finish()
 
 
-def stage_config(stage: str, args: argparse.Namespace) -> TrainConfig:
-    """The tiny world's settings of a stage, changed by what the command line says."""
+def folder_config(start: Path, args: argparse.Namespace, world: WorldConfig) -> ModelConfig:
+    """Of the model that a stage starts from, with the visual path that was asked for."""
+    if args.preset:
+        config = PRESETS[args.preset]
+    elif (start / "config.json").exists():
+        config = ModelConfig.from_dict(read_json(start / "config.json"))
+    else:
+        config = tiny_config(world)
+    return dataclasses.replace(config, visual_path=visual_path_from(args, config.visual_path))
+
+
+# ---- what is learned from ----
+
+class Data(NamedTuple):
+    """A stage's samples, and how they are dealt."""
+    config: TrainConfig
+    plan: Plan
+    encode: Callable
+    told: dict                  # settings of the data, for run.json
+    held_out: "Data | None" = None
+
+    def loader(self, group: Group, first: int, stop: int) -> Loader:
+        return Loader(self.plan, self.encode, first, stop, group.rank, group.size, group.device.type == "cuda")
+
+
+def tiny_data(stage: str, args, world: WorldConfig, config: ModelConfig, tokenizer: Tokenizer, group: Group) -> Data:
+    """The tiny world's, drawn on the fly; no picture is seen twice."""
+    settings = stage_config(TINY[stage], args)
+    kind = "caption" if stage == "pretrain" else "conversation"
+    make = functools.partial(_data, settings, args, config, tokenizer, told={"world": dataclasses.asdict(world)})
+    held_out = make(Mixture([ToyDataset(world, "held-out", kind, 8 * settings.batch_size)]))
+    return make(Mixture([ToyDataset(world, "train", kind, settings.steps * settings.batch_size)]), held_out=held_out)
+
+
+def your_data(stage: str, args, world: WorldConfig, config: ModelConfig, tokenizer: Tokenizer, group: Group) -> Data:
+    """--data and --val-data. Tells what is wrong with them before the first step."""
+    def open_files(names: list[str]) -> Mixture:
+        mixture = open_mixture(names, args.images, group.is_first)
+        for source in mixture.sources:
+            if group.is_first:
+                print("\n".join(describe_problems(source)), end="\n" if source.problems else "", file=sys.stderr)
+            if len(source.problems) > args.max_bad * (len(source) + len(source.problems)):
+                raise UserError(f"{source.path}: more than {args.max_bad:.2%} cannot be used: mend them, or allow more with "
+                                "--max-bad")
+        return mixture
+
+    mixture = open_files(args.data)
+    batch_size = args.batch_size or PAPER[stage].batch_size
+    steps = max(1, round(args.epochs * max(1, len(mixture) // batch_size)))
+    settings = stage_config(dataclasses.replace(PAPER[stage], steps=steps), args)
+    make = functools.partial(_data, settings, args, config, tokenizer,
+                             told={"data": args.data, "conversations": mixture.sizes, "max_length": args.max_length})
+    return make(mixture, held_out=make(open_files(args.val_data)) if args.val_data else None)
+
+
+def _data(settings: TrainConfig, args, config: ModelConfig, tokenizer: Tokenizer, mixture: Mixture, told: dict,
+          held_out: Data | None = None) -> Data:
+    template = "plain" if settings.stage == "pretrain" else config.chat_template
+    how = (tokenizer, template, config.vision, args.max_length or config.llama.max_position_embeddings)
+    cost_of = token_cost(config)
+    budget = args.micro_batch_tokens or (MICRO_BATCH_TOKENS if args.data else None)
+    workers = args.workers if args.workers is not None else 4 if args.data else 0
+    plan = Plan(mixture, settings.batch_size, settings.seed,
+                (lambda conversation: cost_of(*count_tokens(conversation, *how))) if budget else None, budget, workers)
+    return Data(settings, plan, lambda conversation: encode_sample(conversation, *how), told, held_out)
+
+
+def stage_config(default: TrainConfig, args: argparse.Namespace) -> TrainConfig:
+    """A stage's settings, changed by what the command line says."""
     given = {"steps": args.steps, "batch_size": args.batch_size, "learning_rate": args.lr}
-    return dataclasses.replace(STAGES[stage], seed=args.seed, checkpoint_every=args.checkpoint_every,
-                               **{key: value for key, value in given.items() if value is not None})
+    return dataclasses.replace(default, seed=args.seed, **{key: x for key, x in given.items() if x is not None})
+
+
+def dry_run(stage: str, args: argparse.Namespace, config: ModelConfig, data: Data | None) -> list[str]:
+    if data is None:
+        try:
+            samples, text, visual = map(int, args.assume.split(","))
+        except ValueError:
+            raise UserError(f"--assume {args.assume}: give three whole numbers, as in 558000,60,4900") from None
+        default = PAPER[stage]
+        steps = round(args.epochs * max(1, samples // (args.batch_size or default.batch_size)))
+        settings = stage_config(dataclasses.replace(default, steps=steps), args)
+        measures = [Measure(text, text // 2, [(1, visual)] if visual else [])]
+    else:
+        settings, mixture = data.config, data.plan.data
+        chosen = np.random.default_rng(args.seed).permutation(mixture.order(args.seed, 0))[:64]
+        encoded = [data.encode(mixture[int(index)]) for index in chosen]
+        measures = [Measure(len(s.ids) - len(s.images), sum(s.learned), [grid for _, grid in s.images]) for s in encoded]
+    return forecast(config, settings, measures, settings.steps * settings.batch_size, args.gpus, args.mfu,
+                    args.micro_batch_tokens or MICRO_BATCH_TOKENS, args.checkpoint_activations)
 
 
 if __name__ == "__main__":

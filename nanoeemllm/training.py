@@ -1,30 +1,36 @@
-"""The training loop: what is trained, the schedule, steps, checkpoints, and what a run writes down.
+"""The training loop: what is trained, the schedule, the steps.
 
-A run's folder holds `run.json` (what it was told), `metrics.jsonl` (what it saw, a line a step), `loss.png` and
-`checkpoints/step-*`. The loss of a step is the mean cross entropy over the learned-from tokens of the whole global
-batch, however it is cut into micro-batches.
+The loss of a step is the mean cross entropy over the learned-from tokens of the whole global batch, however it is cut
+into micro-batches and dealt to processes: gradients of sums are added up, and divided once by the number of tokens.
+
+Nothing here draws random numbers, the schedule and the data are functions of the step's number, so a checkpoint needs
+no more than that to go on as if the run had never stopped.
 """
 
-import dataclasses
-import json
+import contextlib
+import itertools
 import math
-import os
-import shutil
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from nanoeemllm.config import UserError
-from nanoeemllm.data import Packed
-from nanoeemllm.model import EEMLLM, Batch
-from nanoeemllm.plot import line_chart
+from nanoeemllm.data import Loader, Packed
+from nanoeemllm.distributed import Group
+from nanoeemllm.flops import training_operations
+from nanoeemllm.model import EEMLLM
+from nanoeemllm.run import Run
 from nanoeemllm.visual_path import learns_in_pretrain
+
+PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+        "B200": 2250e12}                # a GPU's dense bfloat16 operations a second; MFU is measured against it
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,14 @@ class TrainConfig:
     clip: float = 1.0                   # largest norm of the gradient
     betas: tuple[float, float] = (0.9, 0.999)
     seed: int = 0
-    checkpoint_every: int = 500
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a run may change when it is resumed: nothing here changes what is learned."""
+    checkpoint_every: int = 500         # steps; held-out loss is measured then, too
     keep: int = 2                       # newest checkpoints kept
+    max_bad: float = 0.01               # part of the samples that may be unusable
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -66,159 +78,198 @@ def make_optimizer(params: list[nn.Parameter], config: TrainConfig) -> torch.opt
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, fused=True)
 
 
+# ---- one step ----
+
+@dataclass
+class Seen:
+    """What the micro-batches of a step, or of held-out data, held; this process's until `over` sums it."""
+    loss: float = 0.0                   # summed over the learned-from tokens
+    learned: float = 0.0
+    tokens: float = 0.0
+    operations: float = 0.0
+    cut: float = 0.0                    # samples that lost turns
+    bad: float = 0.0
+    stop: float = 0.0                   # processes that were asked to stop
+
+    def over(self, group: Group) -> "Seen":
+        return Seen(*group.sum(*vars(self).values()))
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / max(1.0, self.learned)
+
+
+def accumulate(model: EEMLLM, micro_batches: Iterable[Packed], stage: str | None) -> tuple[Seen, list[Packed]]:
+    """Adds the gradient of each micro-batch's summed loss to .grad. stage None: measures the loss and nothing else.
+
+    Returns what was seen, and the micro-batches whose loss is not finite.
+    """
+    seen, losses, packed = Seen(), [], []
+    for p in micro_batches:
+        try:
+            loss = model(p.batch.to(model.device))
+            if stage is not None:
+                loss.backward()
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise out_of_memory(p) from error
+        losses.append(loss.detach())
+        packed.append(p)
+        seen.learned += len(p.batch.targets)
+        seen.tokens += len(p.batch.ids) + len(p.batch.layout.visual.position)
+        seen.cut, seen.bad = seen.cut + p.cut, seen.bad + len(p.bad)
+        if stage is not None and peak_operations(model.device):
+            seen.operations += training_operations(model.config, p.batch.layout, len(p.batch.targets), stage)
+    losses = torch.stack(losses).tolist()                       # the host waits for the device here, once a step
+    seen.loss = sum(losses)
+    return seen, [p for p, loss in zip(packed, losses) if not math.isfinite(loss)]
+
+
+def out_of_memory(p: Packed) -> UserError:
+    return OnOneProcess(
+        f"out of memory at step {p.step + 1}, in a micro-batch of {len(p.keys)} samples with {len(p.batch.ids):,} text and "
+        f"{len(p.batch.layout.visual.position):,} visual tokens: lower --micro-batch-tokens or --max-length, add "
+        "--checkpoint-activations, or use more GPUs; then --resume")
+
+
+class OnOneProcess(UserError):
+    """An error that the other processes know nothing of, so that this one has to tell it."""
+
+
+def update(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, learned: float, group: Group,
+           config: TrainConfig, step: int) -> float:
+    """One step of AdamW from the gradients of the summed loss. Returns their norm; if it is not finite, does nothing.
+
+    FSDP2 has averaged the gradients over the processes: times their number, it is the sum.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    scale = group.size / max(1.0, learned)
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = scale * (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if math.isfinite(norm):
+        for grad in grads:
+            grad.mul_(scale * min(1.0, config.clip / (norm + 1e-6)))
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = learning_rate(config, step)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def peak_operations(device: torch.device) -> float | None:
+    """Of a process's device, a second, in bfloat16; None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for gpu, peak in PEAK.items() if gpu in name), None)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most that this process has held so far: of the GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# ---- the loop ----
+
 class Stopped(Exception):
     """The run was asked to stop (SIGINT, SIGTERM) and has saved itself."""
 
 
-class Run:
-    """A run's folder: settings, metrics, checkpoints. Everything is written aside and renamed."""
+def train(model: EEMLLM, load: Callable[[int], Loader], config: TrainConfig, run: Run, group: Group,
+          held_out: Callable[[], Iterable[Packed]] | None = None, habits: Habits = Habits()):
+    """Trains in place a model that is frozen for the stage and spread over the group. load(first) gives this
+    process's micro-batches of all steps from `first` on; held_out() those of the held-out data.
 
-    def __init__(self, folder: Path, settings: dict, resume: bool, force: bool = False):
-        """settings: plain JSON, what the run is told. Raises UserError where they are not those of the run resumed,
-        or where a run that is there already would be overwritten."""
-        self.folder, self.checkpoints = folder, folder / "checkpoints"
-        told = folder / "run.json"
-        if told.exists() and (resume or not force):
-            if not resume:
-                raise UserError(f"{folder} holds a run already: go on with it (--resume), train it anew (--force), or give "
-                                "another --out")
-            before = json.loads(told.read_text())
-            changed = [f"{key} was {before.get(key)!r} and is now {settings.get(key)!r}"
-                       for key in sorted(before.keys() | settings.keys()) if before.get(key) != settings.get(key)]
-            if changed:
-                raise UserError(f"{folder} cannot be resumed with other settings: {'; '.join(changed)}")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            self.checkpoints.mkdir(parents=True)
-            write_aside(told, json.dumps(settings, indent=1).encode())
-        self.metrics = folder / "metrics.jsonl"
-
-    @property
-    def is_finished(self) -> bool:
-        return (self.folder / "finished").exists()
-
-    def finish(self):
-        """The stage's model folder is written: the checkpoints are not needed any more."""
-        write_aside(self.folder / "finished", b"")
-        shutil.rmtree(self.checkpoints)
-
-    def saved_steps(self) -> list[int]:
-        return sorted(int(p.name.removeprefix("step-")) for p in self.checkpoints.glob("step-*"))
-
-    def save(self, step: int, state: dict, keep: int):
-        """Checkpoint after `step` steps; the newest `keep` stay."""
-        path = self.checkpoints / f"step-{step:08d}"
-        aside = self.checkpoints / f".writing-{os.getpid()}"
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        for old in self.saved_steps()[:-keep]:
-            (self.checkpoints / f"step-{old:08d}").unlink()
-
-    def load(self) -> tuple[int, dict | None]:
-        """The newest checkpoint that is whole: (steps done, its state), or (0, None)."""
-        for step in reversed(self.saved_steps()):
-            try:
-                return step, torch.load(self.checkpoints / f"step-{step:08d}", weights_only=True)
-            except Exception as error:
-                print(f"checkpoint of step {step} is broken ({error}); trying the one before")
-        return 0, None
-
-    def forget_metrics_after(self, step: int):
-        """On resuming: what a stopped run wrote behind its last checkpoint will be written again."""
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        write_aside(self.metrics, "".join(l for l in lines if json.loads(l)["step"] <= step).encode())
-
-    def draw_curve(self):
-        points = [json.loads(line) for line in self.metrics.read_text().splitlines()]
-        line_chart(self.folder / "loss.png", {"loss": [(p["step"], p["loss"]) for p in points]},
-                   title=self.folder.name, x_label="step", y_label="loss", log_y=True)
-
-
-def write_aside(path: Path, data: bytes):
-    aside = path.with_name(f".{path.name}.writing")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def train(model: EEMLLM, load: Callable[[int], Iterable[Packed]], config: TrainConfig, run: Run):
-    """Trains in place. load(first) yields the micro-batches of all steps from `first` on (data.Loader).
-
-    Raises Stopped after a signal, the step finished and saved; UserError if the loss is not finite.
+    Raises Stopped after a signal, the step finished and saved; UserError for a loss that is not finite, and for too
+    many bad samples.
     """
-    params = freeze_for(model, config.stage)
+    params = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(params, config)
-    first, state = run.load()
-    if state is not None:
-        model.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-    run.forget_metrics_after(first)
+    first = run.load(training_state(model, optimizer))
+    for p in params:
+        optimizer.state[p]["step"].fill_(first)
+    samples = config.steps * config.batch_size
+    peak, loader = peak_operations(group.device), load(first)
 
-    def checkpoint(step: int):
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        run.save(step, {"model": trained, "optimizer": optimizer.state_dict()}, config.keep)
+    with _signals() as caught, tqdm(total=config.steps, initial=first, desc=config.stage, mininterval=0.5,
+                                    disable=None if group.is_first else True) as bar:
+        start, waited = time.perf_counter(), 0.0
+        for step, micro_batches in itertools.groupby(loader, key=lambda p: p.step):
+            bad = []
+            mine, not_finite = accumulate(model, _collecting(bad, micro_batches), config.stage)
+            mine.stop = len(caught)
+            seen = mine.over(group)
+            if seen.bad:
+                run.note_bad(step + 1, group.gather(bad), samples, config.batch_size, habits.max_bad)
+            norm = update(params, optimizer, seen.learned, group, config, step) if math.isfinite(seen.loss) else math.nan
+            if not math.isfinite(norm):
+                keys = group.gather([key for p in not_finite for key in p.keys])
+                raise UserError(f"the loss is {seen.mean_loss} and the norm of its gradient {norm} at step {step + 1}, samples "
+                                f"{', '.join(keys[:8]) or 'unknown'}: the last checkpoint stands; lower the learning rate or "
+                                "look at these samples")
 
-    stop = _stop_on_signals()
-    with open(run.metrics, "a") as metrics, tqdm(total=config.steps, initial=first, desc=config.stage,
-                                                 disable=None, mininterval=0.5) as bar:
-        for step, micro_batches in steps_of(load(first)):
-            start = time.perf_counter()
-            loss, norm = optimizer_step(model, params, optimizer, micro_batches, config, step)
-            seconds = time.perf_counter() - start
-            tokens = sum(len(b.ids) + len(b.layout.visual.position) for b in micro_batches)
-            line = {"step": step + 1, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm,
-                    "tokens_per_s": tokens / seconds, "seconds": seconds}
-            metrics.write(json.dumps(line) + "\n")
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {line['lr']:.1e}, {line['tokens_per_s']:,.0f} tokens/s",
-                                refresh=False)
+            now = time.perf_counter()
+            line = {"step": step + 1, "loss": seen.mean_loss, "lr": learning_rate(config, step), "grad_norm": norm,
+                    "tokens_per_s": seen.tokens / (now - start), "seconds": now - start,
+                    "waited_for_data": loader.waited - waited, "memory_gb": memory_gb(group.device)}
+            if peak:
+                line["mfu"] = seen.operations / (now - start) / (peak * group.size)
+            if seen.cut:
+                line["cut"] = int(seen.cut)
+            start, waited = now, loader.waited
+            save = (step + 1) % habits.checkpoint_every == 0 or step + 1 == config.steps or seen.stop
+            if save and held_out is not None and not seen.stop:
+                line["held_out_loss"] = measure(model, held_out(), group)
+            run.note(line)
+            bar.set_postfix_str(_in_short(line), refresh=False)
             bar.update()
-            if (step + 1) % config.checkpoint_every == 0 or stop or step + 1 == config.steps:
-                metrics.flush()
-                checkpoint(step + 1)
-                if stop and step + 1 < config.steps:
-                    raise Stopped(f"stopped after step {step + 1} of {config.steps}; it is saved: run the same command "
-                                  "with --resume to go on")
+            if save:
+                run.save(step + 1, training_state(model, optimizer), habits.keep)
+                start = time.perf_counter()                              # of training alone
+            if seen.stop and step + 1 < config.steps:
+                run.draw_curve()
+                raise Stopped(f"stopped after step {step + 1} of {config.steps}; it is saved: run the same command "
+                              "with --resume to go on")
     run.draw_curve()
 
 
-def steps_of(packed: Iterable[Packed]) -> Iterator[tuple[int, list[Batch]]]:
-    """(step, all its micro-batches)"""
-    micro_batches = []
-    for p in packed:
-        micro_batches.append(p.batch)
-        if p.last:
-            yield p.step, micro_batches
-            micro_batches = []
+def _collecting(bad: list, micro_batches: Iterable[Packed]) -> Iterator[Packed]:
+    for p in micro_batches:
+        bad += p.bad
+        yield p
 
 
-def optimizer_step(model: EEMLLM, params: list[nn.Parameter], optimizer: torch.optim.Optimizer,
-                   micro_batches: list[Batch], config: TrainConfig, step: int) -> tuple[float, float]:
-    """One update from all micro-batches: (mean loss over their learned-from tokens, norm of the gradient)."""
-    learned = max(1, sum(len(b.targets) for b in micro_batches))
-    total = 0.0
-    for batch in micro_batches:
-        loss = model(batch.to(model.device)) / learned
-        loss.backward()
-        total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(params, config.clip).item()
-    if not (math.isfinite(total) and math.isfinite(norm)):
-        keys = [key for batch in micro_batches for key in batch.keys]
-        raise UserError(f"the loss is {total} and its gradient {norm} at step {step + 1}, samples {', '.join(keys[:8])}: "
-                        "the last checkpoint stands; lower the learning rate or look at these samples")
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm
+@torch.no_grad()
+def measure(model: EEMLLM, micro_batches: Iterable[Packed], group: Group) -> float:
+    """Mean loss over all learned-from tokens of held-out data."""
+    seen, _ = accumulate(model, micro_batches, None)
+    return seen.over(group).mean_loss
 
 
-def _stop_on_signals() -> list[int]:
-    """A list that stays empty until SIGINT or SIGTERM arrives. A second signal ends the program at once."""
+def training_state(model: EEMLLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The trained weights and AdamW's moments of each, by name: the tensors themselves, to be saved or read into."""
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            kept = optimizer.state[p]
+            if not kept:
+                kept["step"] = torch.zeros((), device=p.device)
+                kept["exp_avg"], kept["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state |= {name: p.detach(), f"{name} exp_avg": kept["exp_avg"], f"{name} exp_avg_sq": kept["exp_avg_sq"]}
+    return state
+
+
+def _in_short(line: dict) -> str:
+    mfu = f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
+    held_out = f", held-out {line['held_out_loss']:.3f}" if "held_out_loss" in line else ""
+    return (f"loss {line['loss']:.3f}{held_out}, lr {line['lr']:.1e}, {line['tokens_per_s']:,.0f} tokens/s{mfu}, "
+            f"{line['memory_gb']:.1f} GB")
+
+
+@contextlib.contextmanager
+def _signals():
+    """Gives a list that stays empty until SIGINT or SIGTERM arrives. A second signal ends the program at once."""
     caught: list[int] = []
 
     def handle(number, frame):
@@ -226,6 +277,9 @@ def _stop_on_signals() -> list[int]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return caught
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -48,6 +48,9 @@ class VisualPath:
         q = layer.self_attn.queries(h, ctx.rope_text)
         k, v = ctx.keep(layer.index, *(keys or layer.self_attn.keys_values(h, ctx.rope_text)), k_visual, v_visual)
         heads = self.attend(layer, q, k_visual, v_visual, k, v, ctx)
+        if not len(k_visual) and torch.is_grad_enabled():
+            # No pictures here, but perhaps on another rank: all must give what makes visual keys a gradient, here 0.
+            heads = heads + k_visual.sum() + v_visual.sum()
         return layer.feed_forward(text + layer.self_attn.output(heads))
 
     def attend(self, layer: LlamaLayer, q: Tensor, k_visual: Tensor, v_visual: Tensor, k_text: Tensor, v_text: Tensor,
