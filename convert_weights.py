@@ -113,7 +113,7 @@ def read_sources(args) -> tuple[list["Source"], LlamaConfig, VisionConfig | None
     sources, config = [first], first.config
     if args.llava:
         require(first.folder, config, LLAVA_MUST)
-        config = config.get("text_config") or {}
+        config = part(first.folder, config, "text_config")
     llama, vision = llama_config(first.folder, config), None
     if llama.tie_word_embeddings:
         first.passed_over += "|" + re.escape(first.prefix["decoder.lm_head."])
@@ -131,7 +131,8 @@ class Source:
 
     def __init__(self, folder: Path, layouts: dict[str, Layout]):
         self.folder, self.config = folder, read_json(folder / "config.json")
-        self.architecture = (self.config.get("architectures") or ["none"])[0]
+        names = self.config.get("architectures")
+        self.architecture = str(names[0]) if isinstance(names, list) and names else "none"
         if self.architecture not in layouts:
             raise UserError(f"{folder}: architecture {self.architecture} is not supported here; supported: "
                             + ", ".join(layouts))
@@ -190,7 +191,7 @@ class Source:
 def llama_config(folder: Path, data: dict) -> LlamaConfig:
     require(folder, data, LLAMA_MUST)
     values = filled(folder, data, LLAMA_DEFAULTS)
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    rope = part(folder, data, "rope_parameters") or part(folder, data, "rope_scaling")
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -210,10 +211,10 @@ def vision_config(source: Source) -> tuple[VisionConfig, int]:
     """The encoder as we run it, and its layers as published."""
     family, data = re.match("Siglip|Idefics2|CLIP|Llava", source.architecture).group(), source.config
     if family == "Llava":
-        data, family = data.get("vision_config") or LLAVA_VISION, "CLIP"
+        data, family = part(source.folder, data, "vision_config") or LLAVA_VISION, "CLIP"
         require(source.folder, data, dict(model_type="clip_vision_model"))
     elif not source.architecture.endswith("VisionModel"):
-        data = (data.get("vision_config") or {}) | (data.get("vision_config_dict") or {})  # CLIP's files have both
+        data = part(source.folder, data, "vision_config") | part(source.folder, data, "vision_config_dict")  # CLIP's
     require(source.folder, data, CLIP_MUST if family == "CLIP" else SIGLIP_MUST)
     values = filled(source.folder, data, VISION_DEFAULTS[family])
     depth = values["num_hidden_layers"]
@@ -241,6 +242,12 @@ def with_room_for(vision: VisionConfig, llama: LlamaConfig) -> LlamaConfig:
     print(f"note: a picture takes up to {tokens} tokens, the language model was trained with {context}: its context is "
           f"set to {longer}", file=sys.stderr)
     return dataclasses.replace(llama, max_position_embeddings=longer)
+
+
+def part(folder: Path, data: dict, key: str) -> dict:
+    if not isinstance(data.get(key) or {}, dict):
+        raise UserError(f"{folder}/config.json: {key} must be an object, not {data[key]!r}")
+    return data.get(key) or {}
 
 
 def filled(folder: Path, data: dict, defaults: dict) -> dict:

@@ -274,6 +274,7 @@ def test_tensors_that_do_not_fit(llm, tmp_path, capsys):
     ({"architectures": None}, "supported: LlamaForCausalLM"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
     ({"hidden_act": "gelu"}, "gelu"), ({"attention_bias": True}, "attention_bias"),
+    ({"architectures": 3}, "supported: LlamaForCausalLM"), ({"rope_parameters": 3}, "rope_parameters"),
     ({"num_attention_heads": "4"}, "num_attention_heads"), ({"num_hidden_layers": 0}, "num_hidden_layers"),
     ({"rope_parameters": {"rope_type": "llama3"}}, "low_freq_factor"), ({"num_key_value_heads": 3}, "3"),
 ])
@@ -376,7 +377,8 @@ def test_another_path_with_weights_of_its_own_begins_at_random(path, new, left_o
 
 @pytest.mark.parametrize("path", [
     "naavit", VisualPathConfig("yopo", last_visual_layer=2, prune_heads=1),
-    VisualPathConfig("eemllm-f", composite_layers=(1, 2)), VisualPathConfig("saisa"), VisualPathConfig("flamingo", every=3)])
+    VisualPathConfig("eemllm-f", composite_layers=(1, 2)), VisualPathConfig("saisa"),
+    VisualPathConfig("flamingo", every=3)])
 def test_every_visual_path_loads_and_answers(path, tmp_path):
     convert("--llava", SOURCES / "llava", "--out", tmp_path / "model")
     model = nanoeemllm.load(tmp_path / "model", "cpu", torch.float32, path, new_parts=True)
