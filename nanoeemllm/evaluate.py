@@ -13,6 +13,7 @@ In Python, rows are dictionaries with the same keys, "image" a PIL picture, and 
 """
 
 import argparse
+import contextlib
 import base64
 import dataclasses
 import datetime
@@ -260,6 +261,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cuda, mps or cpu (cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(bfloat16 on a GPU, else as the weights are)")
     add_visual_path_flags(parser)
+    add("--calibrate-heads", action="store_true", help="no scores: choose the heads that yopo prunes (calibrate.py)")
     args = parser.parse_args(argv)
     for name in ("limit", "max_new_tokens", "batch_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -278,6 +280,9 @@ def main(argv: list[str] | None = None):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if args.calibrate_heads:
+        calibrate_heads(args, tsv, metric, device, path)
+        return
     settings = {
         "weights": str(args.weights.resolve()), "written": (args.weights / "config.json").stat().st_mtime,
         "tsv": str(args.tsv.resolve()), "tsv_bytes": args.tsv.stat().st_size, "metric": metric,
@@ -309,6 +314,26 @@ def main(argv: list[str] | None = None):
     if rank == 0:
         report(args.tsv.name, [record for row, record in sorted(predictions.read().items()) if row <= len(tsv)],
                settings, predictions.folder / "results.json")
+
+
+def calibrate_heads(args, tsv: TSV, metric: str, device: str, path: VisualPathConfig):
+    """Chooses the heads on these rows and writes them into the model folder."""
+    from nanoeemllm.calibrate import choose_heads, measure, write_heads      # it imports what trains models
+    if not path.prune_heads:
+        raise UserError("--calibrate-heads: say how many heads a layer to prune on the average with --prune-heads N")
+    model = open_model(args, device, VisualPathConfig("llava"))
+
+    def prompts():
+        for i in range(len(tsv)):
+            with contextlib.suppress(BadRow):
+                asked = prepare(model, tsv[i], metric, 0)
+                yield asked.ids, asked.images
+
+    kept, threshold = choose_heads(measure(model, prompts(), len(tsv)), path.prune_heads)
+    write_heads(args.weights, dataclasses.replace(path, kept_heads=kept))
+    for layer, heads in enumerate(kept):
+        print(f"layer {layer}: {len(heads)} of {model.config.llama.num_attention_heads} heads kept, {list(heads)}")
+    print(f"threshold {threshold:.4f}; written to {args.weights / 'config.json'}")
 
 
 def describe(path: VisualPathConfig) -> str:

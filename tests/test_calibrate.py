@@ -1,0 +1,85 @@
+"""The choice of heads against its definition, and the command that makes it."""
+
+import base64
+import dataclasses
+import io
+import json
+import math
+
+import pytest
+import torch
+
+from layouts import seeded
+from nanoeemllm import load
+from nanoeemllm.backbone import tiny_tokenizer
+from nanoeemllm.calibrate import choose_heads, measure, ratio
+from nanoeemllm.checkpoint import save
+from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
+from nanoeemllm.evaluate import main
+from nanoeemllm.model import EEMLLM
+from test_model import picture
+
+
+@pytest.mark.parametrize("rows", [7, 300])
+def test_ratio_is_that_of_the_attention_matrix(rows):
+    q, k = seeded(rows, 2, 4), seeded(rows, 2, 4, seed=1)
+    is_visual, later = torch.arange(rows) % 3 == 1, torch.ones(rows, rows).triu(1).bool()
+    for head in range(2):
+        weights = (q[:, head] @ k[:, head].T / math.sqrt(4)).masked_fill(later, -math.inf).softmax(-1)
+        expected = weights[:, is_visual].sum() / weights[:, ~is_visual].sum()
+        assert ratio(q, k, is_visual)[head].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("samples", [1, 4, 9])
+def test_most_samples_are_under_the_threshold_where_a_head_is_pruned(samples):
+    ratios = torch.rand(samples, 6, 8, generator=torch.Generator().manual_seed(samples))
+    kept, threshold = choose_heads(ratios, 5)
+    assert kept[0] == kept[1] == tuple(range(8)) and sum(8 - len(heads) for heads in kept) == 5 * 4
+    for layer in range(2, 6):
+        for head in range(8):
+            pruned = (ratios[:, layer, head] < threshold).sum() > samples / 2
+            assert pruned == (head not in kept[layer])
+
+
+def test_every_layer_keeps_a_head():
+    ratios = torch.rand(3, 5, 4) + torch.tensor([0, 0, 0, 9, 9])[:, None]
+    assert all(choose_heads(ratios, 3)[0])
+
+
+def tiny_folder(tmp_path):
+    torch.manual_seed(0)
+    tiny = PRESETS["tiny"]
+    config = dataclasses.replace(tiny, visual_path=VisualPathConfig("llava"),
+                                 llama=dataclasses.replace(tiny.llama, num_hidden_layers=4))
+    tokenizer = tiny_tokenizer(config)
+    model = EEMLLM(config, tokenizer)
+    model.initialize()
+    save(model.state_dict(), config, tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_command_writes_the_heads_that_yopo_then_uses(tmp_path, capsys):
+    folder, rows = tiny_folder(tmp_path), ["index\timage\tquestion\tanswer"]
+    for i in range(3):
+        file = io.BytesIO()
+        picture(i).save(file, "PNG")
+        rows.append(f"{i}\t{base64.b64encode(file.getvalue()).decode()}\twhat is it?\tcat")
+    (tmp_path / "set.tsv").write_text("\n".join(rows))
+    command = ["--weights", str(folder), "--tsv", str(tmp_path / "set.tsv"), "--calibrate-heads"]
+    with pytest.raises(UserError, match="--prune-heads"):
+        main(command)
+    main([*command, "--prune-heads", "2"])
+    kept = json.loads((folder / "config.json").read_text())["visual_path"]["kept_heads"]
+    assert [len(heads) for heads in kept[:2]] == [4, 4] and sum(map(len, kept[2:])) == 4
+    assert load(folder, "cpu").config.visual_path.name == "llava"
+    path = load(folder, "cpu", visual_path="yopo").config.visual_path
+    assert path.name == "yopo" and [list(heads) for heads in path.kept_heads] == kept
+
+
+def test_measuring_leaves_the_model_as_it_was(tmp_path):
+    model = load(tiny_folder(tmp_path), "cpu")
+    prompts = [(model.encode("<image> a cat"), [picture(1)])]
+    before = model.logits(*prompts[0])
+    ratios = measure(model, prompts)
+    assert ratios.shape == (1, 4, 4) and (ratios > 0).all()
+    torch.testing.assert_close(model.logits(*prompts[0]), before, rtol=0, atol=0)
