@@ -86,9 +86,6 @@ def convert(args) -> None:
         raise UserError(f"{args.out} holds a model already: give --force to replace it, or another --out")
     sources, llama, vision = read_sources(args)
     tokenizer = read_tokenizer(sources[0].folder)
-    if tokenizer.vocab_size > llama.vocab_size:
-        print(f"note: the tokenizer has {tokenizer.vocab_size} ids, the model only {llama.vocab_size} of them",
-              file=sys.stderr)
     config = ModelConfig(llama, vision, VisualPathConfig(args.visual_path or ("llava" if args.llava else "eemllm")),
                          args.chat_template or guess_template(tokenizer))
     dtype = DTYPES[args.dtype] if args.dtype else sources[0].dtype()
@@ -171,9 +168,9 @@ class Source:
         return self.prefix[part] + rest
 
     def take(self, ours: dict[str, tuple], config: ModelConfig, dtype: torch.dtype, bar) -> dict[str, Lazy]:
-        """Our tensors that this source has, in the order in which its files have them."""
-        name_of = {name: self.name(name) for name in ours if name.startswith(tuple(self.prefix))}
-        expected = {theirs: ours[name] for name, theirs in name_of.items()}
+        """Our tensors that this source has, in the order of its files."""
+        name_of = {self.name(name): name for name in ours if name.startswith(tuple(self.prefix))}
+        expected = {theirs: ours[name] for theirs, name in name_of.items()}
         if "vision." in self.prefix:  # theirs is a convolution, ours a matrix
             side = config.vision.patch_size
             expected[self.name("vision.patch_embedding.weight")] = (config.vision.hidden_size, 3, side, side)
@@ -183,9 +180,8 @@ class Source:
         def read(name: str, shape: tuple) -> Tensor:
             bar.update()
             return self.tensors[name].load().to(dtype).reshape(shape)
-        place = {name: i for i, name in enumerate(self.tensors)}
-        return {name: Lazy(ours[name], dtype, functools.partial(read, theirs, ours[name]))
-                for name, theirs in sorted(name_of.items(), key=lambda pair: place[pair[1]])}
+        return {name_of[theirs]: Lazy(shape, dtype, functools.partial(read, theirs, shape))
+                for theirs in found for shape in [ours[name_of[theirs]]]}
 
 
 def llama_config(folder: Path, data: dict) -> LlamaConfig:
