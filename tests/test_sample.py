@@ -155,7 +155,7 @@ def test_chat_remembers_until_reset(run, monkeypatch):
     assert errors == ["error: gone.png: no such picture",
                       "error: /nonsense is not known; known: /image FILE, /reset, and Ctrl-D to end"]
     assert chat("", "--prompt", asked)[0] == [fresh]
-    assert "do not fit" in chat(f"{asked}\n" * 9, "--max-new-tokens", "200")[1][-1]
+    assert "do not fit" in chat(f"{asked}\n" * 2, "--max-new-tokens", "300")[1][-1]
     with pytest.raises(UserError, match="stdin, which is at its end"):
         chat("")
 
