@@ -213,30 +213,51 @@ def _relations(scene: Scene) -> list[Question]:
     return found
 
 
-def ask(scene: Scene, rng: random.Random, hardness: int = 0, per_kind: int = 1) -> list[Question]:
-    """Up to `per_kind` questions of every kind, in random order. The likely answers of what-is-at and is-there
-    ("nothing", "no") are held to half of theirs."""
+def ask(scene: Scene, rng: random.Random, hardness: int = 0) -> list[Question]:
+    """A question of every kind, in random order. The likely answers of what-is-at and is-there ("nothing", "no") are
+    held to half of theirs."""
+    chosen = []
+    for found in _by_kind(scene, hardness):
+        empty, full = _empty_and_full(found)
+        chosen.append(rng.choice(rng.choice([group for group in (empty, full) if group])))
+    rng.shuffle(chosen)
+    return chosen
+
+
+LESSON = {"caption": (0, 1), "how-many": (0, 1), "what-is-at": (2, 3), "colour": (0, 2), "where": (0, 2),
+          "is-there": (1, 1), "relation": (2, 2)}
+
+
+def lesson(scene: Scene, rng: random.Random, hardness: int = 0) -> list[Question]:
+    """What is learned from one picture: of every kind up to LESSON's number of questions whose answer is "nothing" or
+    "no", and of others. Many short look-ups teach more a second than one long caption, which every other one lacks."""
+    chosen = []
+    for found in _by_kind(scene, hardness):
+        if found[0].kind != "caption" or rng.random() < 0.5:
+            for group, most in zip(_empty_and_full(found), LESSON[found[0].kind]):
+                chosen += rng.sample(group, min(most, len(group)))
+    rng.shuffle(chosen)
+    return chosen
+
+
+def _by_kind(scene: Scene, hardness: int) -> list[list[Question]]:
     kinds: dict[str, list[Question]] = {}
     for q in questions(scene, hardness):
         kinds.setdefault(q.kind, []).append(q)
-    chosen = []
-    for found in kinds.values():
-        empty = [q for q in found if q.answer in ("nothing", "no")]
-        if found[0].kind in ("what-is-at", "is-there") and len(empty) < len(found):
-            full = [q for q in found if q not in empty]
-            chosen += [rng.choice(rng.choice((empty, full)) or full) for _ in range(per_kind)]
-        else:
-            chosen += rng.sample(found, min(per_kind, len(found)))
-    rng.shuffle(chosen)
-    return chosen
+    return list(kinds.values())
+
+
+def _empty_and_full(found: list[Question]) -> tuple[list[Question], list[Question]]:
+    empty = [q for q in found if q.answer in ("nothing", "no")]
+    return empty, [q for q in found if q not in empty]
 
 
 class ToyDataset:
     """`length` conversations in LLaVA's form, "image" a PIL picture; element i is a function of (world, split, i).
 
     kind "caption": the picture and a caption in one of the two orders (stage 1). "conversation": the picture and a
-    question of every kind, in random order (stage 2). "text": no picture, the first question stands behind a
-    description of the scene (what the tiny Llama learns language from).
+    lesson's questions (stage 2). "text": no picture, a question of every kind behind a description of the scene (what
+    the tiny Llama learns language from).
     """
 
     def __init__(self, world: WorldConfig, split: str, kind: str, length: int = 100_000):
@@ -256,7 +277,9 @@ class ToyDataset:
         if self.kind == "caption":
             order = rng.choice(("thing", "place"))
             return item | {"conversations": _turns([Question("caption", "", caption(scene, order))], "<image>")}
-        first = "<image>\n" if self.kind == "conversation" else description(scene, rng) + "\n"
+        if self.kind == "conversation":
+            return item | {"conversations": _turns(lesson(scene, rng, self.world.hardness), "<image>\n")}
+        first = description(scene, rng) + "\n"
         return item | {"conversations": _turns(ask(scene, rng, self.world.hardness), first)}
 
 
