@@ -172,7 +172,7 @@ def forward_kernel(q, q_row, q_head, query, visual, text, out, lse, rows, splits
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """out (splits, rows, H, D), lse (splits, rows, H): log2 of each row's softmax sum."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles see most keys: they start first
-    group = tl.program_id(1)
+    group = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1) * GROUP
     sample = tl.program_id(2) // splits
     split = tl.program_id(2) % splits
@@ -304,12 +304,13 @@ def attend(q: Tensor, k_visual: Tensor, v_visual: Tensor, k_text: Tensor, v_text
     into, into_lse = (out, lse) if splits == 1 else (q.new_empty((splits, N, H, D), dtype=torch.float32),
                                                      q.new_full((splits, N, H), -math.inf, dtype=torch.float32))
     sizes = dict(D=D, BLOCK_D=block_width(D))
-    kernel[lambda meta: (triton.cdiv(packed, meta["BLOCK_M"]), G, B * splits)](
-        *dense_rows(q), *kernel_runs(k_visual, v_visual, k_text, v_text, runs), into, into_lse, N, splits,
-        scale * LOG2_E, GROUP=H // G, **sizes)
-    if splits > 1:
-        BLOCK_S = triton.next_power_of_2(splits)
-        combine_kernel[(N * H,)](into, into_lse, out, lse, N * H, splits, BLOCK_S=BLOCK_S, **sizes)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        kernel[lambda meta: (triton.cdiv(packed, meta["BLOCK_M"]), G, B * splits)](
+            *dense_rows(q), *kernel_runs(k_visual, v_visual, k_text, v_text, runs), into, into_lse, N, splits,
+            scale * LOG2_E, GROUP=H // G, **sizes)
+        if splits > 1:
+            BLOCK_S = triton.next_power_of_2(splits)
+            combine_kernel[(N * H,)](into, into_lse, out, lse, N * H, splits, BLOCK_S=BLOCK_S, **sizes)
     return out, lse
 
 

@@ -52,7 +52,7 @@ def backward_query_kernel(q, q_row, q_head, query, visual, text, dout, lse, delt
                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dq (N, H, D), on the forward's walk."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    group = tl.program_id(1)
+    group = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1) * GROUP
     sample = tl.program_id(2)
     if tile * BLOCK_M >= tl.load(query.length + sample) * GROUP:
@@ -80,7 +80,7 @@ def backward_keys_kernel(q, q_row, q_head, query, keys, dout, lse, delta, dk, dv
                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dk, dv (rows, G, D) of one run of keys: a tile of keys, and every query that sees any of it. Scores are
     transposed, (keys, queries)."""
-    group = tl.program_id(1)
+    group = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2)
     begin = tl.program_id(0) * BLOCK_N
     length = tl.load(keys.length + sample) - begin
