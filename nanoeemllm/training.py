@@ -8,7 +8,6 @@ no more than that to go on as if the run had never stopped.
 """
 
 import contextlib
-import itertools
 import math
 import resource
 import signal
@@ -195,7 +194,7 @@ def train(model: EEMLLM, load: Callable[[int], Loader], config: TrainConfig, run
     with _signals() as caught, tqdm(total=config.steps, initial=first, desc=config.stage, mininterval=0.5,
                                     disable=None if group.is_first else True) as bar:
         start, waited = time.perf_counter(), 0.0
-        for step, micro_batches in itertools.groupby(loader, key=lambda p: p.step):
+        for step, micro_batches in steps_of(loader):
             bad = []
             mine, not_finite = accumulate(model, _collecting(bad, micro_batches), config.stage)
             mine.stop = len(caught)
@@ -232,6 +231,20 @@ def train(model: EEMLLM, load: Callable[[int], Loader], config: TrainConfig, run
                 raise Stopped(f"stopped after step {step + 1} of {config.steps}; it is saved: run the same command "
                               "with --resume to go on")
     run.draw_curve()
+
+
+def steps_of(packed: Iterable[Packed]) -> Iterator[tuple[int, Iterator[Packed]]]:
+    """(step, its micro-batches, as they come)"""
+    packed = iter(packed)
+
+    def rest(p: Packed) -> Iterator[Packed]:
+        yield p
+        while not p.last:
+            p = next(packed)
+            yield p
+
+    for first in packed:
+        yield first.step, rest(first)
 
 
 def _collecting(bad: list, micro_batches: Iterable[Packed]) -> Iterator[Packed]:

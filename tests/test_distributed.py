@@ -1,0 +1,168 @@
+"""Several processes against one: losses, gradients, checkpoints and model folders are the same."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from nanoeemllm import checkpoint
+from nanoeemllm.config import VISUAL_PATHS
+from nanoeemllm.data import Loader, Packed
+from nanoeemllm.distributed import save_model, spread
+from nanoeemllm.model import collate
+from nanoeemllm.training import Habits, Stopped, accumulate
+from tiny_run import ALONE, Talks, encode, gradients, in_processes, metrics, tensors, tiny_model, tiny_plan, tiny_run
+
+STAGES, PATHS = ("pretrain", "finetune"), ("eemllm", "llava")
+HABITS = Habits(checkpoint_every=100)
+SETTINGS = {"eemllm-f": {"composite_layers": (1,)}, "flamingo": {"every": 1}}
+
+
+# ---- the same losses ----
+
+def many_runs(group, folder, steps):
+    for stage in STAGES:
+        for path in PATHS:
+            tiny_run(folder / f"{stage}-{path}", group, stage, path, steps)
+
+
+def test_two_processes_see_the_losses_of_one_and_leave_the_same_model(tmp_path):
+    many_runs(ALONE, tmp_path / "1", 20)
+    in_processes(2, many_runs, tmp_path / "2", 20)
+    for name in (f"{stage}-{path}" for stage in STAGES for path in PATHS):
+        one, two = metrics(tmp_path / "1" / name), metrics(tmp_path / "2" / name)
+        assert len(one) == len(two) == 20
+        for a, b in zip(one, two):
+            assert b["loss"] == pytest.approx(a["loss"], abs=1e-5) and b["lr"] == a["lr"]
+        assert one[-1]["loss"] < one[0]["loss"] - 0.1
+        one, two = tensors(tmp_path / "1" / name / "model"), tensors(tmp_path / "2" / name / "model")
+        began = tiny_model(name.split("-", 1)[1], name.split("-")[0])
+        for key, p in began.named_parameters():
+            if not p.requires_grad:
+                assert torch.equal(one[key], p) and torch.equal(two[key], p)
+            torch.testing.assert_close(two[key], one[key], rtol=0, atol=2e-3)     # AdamW makes much of the smallest
+
+
+# ---- the same gradients ----
+
+def save_gradients(group, file, budget, checkpointed=False):
+    model = tiny_model()
+    model.decoder.checkpoint_activations = checkpointed
+    spread(model, group)
+    seen, _ = accumulate(model, Loader(tiny_plan(budget=budget), encode, 0, 1, group.rank, group.size), "finetune")
+    learned = seen.over(group).learned
+    found = {name: grad * group.size / learned for name, grad in gradients(model).items()}
+    if group.is_first:
+        torch.save(found, file)
+
+
+def test_gradients_do_not_depend_on_processes_and_accumulation(tmp_path):
+    plan = tiny_plan(budget=2)
+    assert [len(list(plan.micro_batches(0, 1, 0, size))) for size in (1, 2, 4)] == [4, 2, 1]
+    save_gradients(ALONE, tmp_path / "1", 2)
+    save_gradients(ALONE, tmp_path / "whole", None)
+    save_gradients(ALONE, tmp_path / "again", 2, True)
+    for size in (2, 4):
+        in_processes(size, save_gradients, tmp_path / str(size), 2)
+    in_processes(2, save_gradients, tmp_path / "2-again", 2, True)
+    one = torch.load(tmp_path / "1")
+    assert len(one) == sum(p.requires_grad for p in tiny_model().parameters())
+    for other in ("whole", "again", "2", "4", "2-again"):
+        found = torch.load(tmp_path / other)
+        for name in one:
+            torch.testing.assert_close(found[name], one[name], rtol=1e-6, atol=1e-6, msg=lambda m: f"{other} {name}: {m}")
+
+
+def one_rank_without_pictures(group, folder):
+    conversations = [Talks(99)[i] for i in range(99)]
+    with_pictures = [c for c in conversations if c["image"]][:2]
+    without = [c for c in conversations if not c["image"]][:2]
+    mine = [with_pictures, without][group.rank] if group.size == 2 else with_pictures + without
+    packed = Packed(0, True, collate([encode(c) for c in mine]), [], [], 0)
+    for stage in STAGES:
+        for path in VISUAL_PATHS:
+            model = tiny_model(path, stage, **SETTINGS.get(path, {}))
+            spread(model, group)
+            accumulate(model, [packed], stage)
+            found = {name: grad * group.size for name, grad in gradients(model).items()}
+            if group.is_first:
+                torch.save(found, folder / f"{stage}-{path}-{group.size}")
+
+
+def test_a_rank_without_pictures_takes_part_on_every_visual_path(tmp_path):
+    one_rank_without_pictures(ALONE, tmp_path)
+    in_processes(2, one_rank_without_pictures, tmp_path)
+    for name in (f"{stage}-{path}" for stage in STAGES for path in VISUAL_PATHS):
+        one, two = torch.load(tmp_path / f"{name}-1"), torch.load(tmp_path / f"{name}-2")
+        assert one.keys() == two.keys() and one
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-4, msg=lambda m: f"{name} {key}: {m}")
+
+
+# ---- number types ----
+
+def in_bfloat16(group, folder):
+    model = tiny_model()
+    began = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.data = p.data.half() if name.startswith("vision.") else p.data.bfloat16()      # as published folders may be
+    stored = spread(model, group, torch.bfloat16)
+    for name, p in model.named_parameters():
+        assert p.dtype == (torch.bfloat16 if name.startswith("vision.") else torch.float32)
+    seen, _ = accumulate(model, Loader(tiny_plan(), encode, 0, 1, group.rank, group.size), "finetune")
+    found = gradients(model)
+    assert {g.dtype for g in found.values()} == {torch.float32}
+    whole = tiny_model()
+    exact, _ = accumulate(whole, Loader(tiny_plan(), encode, 0, 1), "finetune")
+    assert seen.over(group).mean_loss == pytest.approx(exact.mean_loss, rel=0.02)
+    for name, grad in gradients(whole).items():
+        error = (found[name] * group.size - grad).norm() / grad.norm()
+        assert error < 0.15, (name, error)
+    save_model(model, stored, group, folder)
+    for name, x in tensors(folder).items():
+        frozen = name.startswith("vision.")
+        assert x.dtype == (torch.float16 if frozen else torch.bfloat16)
+        assert torch.equal(x, began[name].to(x.dtype))
+
+
+def test_bfloat16_compute_keeps_float32_weights_and_writes_what_it_was_given(tmp_path):
+    in_processes(2, in_bfloat16, tmp_path / "model")
+
+
+# ---- stop on one number of processes, go on with another ----
+
+class Interrupted(Loader):
+    """The last rank gets a SIGTERM in step 5."""
+    def __iter__(self):
+        for p in super().__iter__():
+            if p.step == 4 and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield p
+
+
+def stop_in_the_middle(group, folder):
+    with pytest.raises(Stopped, match="stopped after step 5 of 8.*--resume"):
+        tiny_run(folder, group, loader=Interrupted, habits=HABITS)
+
+
+def go_on(group, folder):
+    tiny_run(folder, group, resume=True, habits=HABITS)
+
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 3)])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after):
+    tiny_run(tmp_path / "straight")
+    in_processes(before, stop_in_the_middle, tmp_path / "stopped")
+    assert [p.name for p in (tmp_path / "stopped" / "run" / "checkpoints").iterdir()] == ["step-00000005"]
+    in_processes(after, go_on, tmp_path / "stopped")
+    straight, stopped = metrics(tmp_path / "straight"), metrics(tmp_path / "stopped")
+    assert [line["step"] for line in stopped] == list(range(1, 9))
+    for a, b in zip(straight, stopped):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
+    one, other = (checkpoint.load(tmp_path / name / "model", device="cpu") for name in ("straight", "stopped"))
+    assert isinstance(one, type(other)) and not isinstance(other, FSDPModule)
+    for (name, a), b in zip(one.named_parameters(), other.parameters()):
+        torch.testing.assert_close(b, a, rtol=0, atol=2e-3)
