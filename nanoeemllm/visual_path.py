@@ -301,7 +301,8 @@ class YOPOPath(VisualPath):
             return super().attend(layer, q, k_visual, v_visual, k_text, v_text, ctx)
         pick = lambda x, numbers: x[:, _index(numbers, x.device)]
         visual = [pick(x, heads.kept_to_keys) for x in (k_visual, v_visual)]
-        text, text_of_pruned = ([pick(x, to) for x in (k_text, v_text)] for to in (heads.kept_to_all, heads.pruned_to_all))
+        text, text_of_pruned = ([pick(x, to) for x in (k_text, v_text)]
+                                for to in (heads.kept_to_all, heads.pruned_to_all))
         seeing = super().attend(layer, pick(q, heads.kept), *visual, *text, ctx)
         blind = _text_alone(pick(q, heads.pruned), *text_of_pruned, ctx)
         return pick(torch.cat([seeing, blind], dim=1), heads.order)
