@@ -1,13 +1,13 @@
 """The two trained models that the tiny world starts from, as the paper starts from SigLIP and Vicuna.
 
-    encoder     patches -> features, by SigLIP's sigmoid contrastive loss: every phrase of a batch ("cat", "red cat",
-                "red at top-left") against every picture, does it tell the truth?
+    encoder     patches -> features, by SigLIP's sigmoid loss: every patch of a batch against every word of the world,
+                is it true of the thing in whose place the patch lies?
     language    the tiny Llama, from the world's text alone: captions, and conversations about described scenes
 
-A phrase's score for a picture is that of its best patch (a soft maximum over patches, as FILIP's late interaction is a
-hard one), a patch's score the inner product of its feature with the phrase's words. So every patch comes to say in
-its own feature, linearly, what is there and where: what the decoder will read. Pooling the patches first, as SigLIP
-does, left hardly any shape in the patches themselves.
+SigLIP compares pooled pictures with whole texts. That left hardly any shape in the patches, and comparing phrases with
+a picture's best patch put the shape of a thing into one of its patches and the colour into another, so that the
+decoder found the cat and not its colour. Word by word and place by place, every patch says in its own feature,
+linearly and about equally loudly, what is there and where: what the decoder will read.
 
 Both are trained at once, a process each, on the CPU; a core is enough for either. `make_backbones` puts them together
 with a new projector into one model folder, from which stage 1 starts.
@@ -37,7 +37,7 @@ from nanoeemllm.toy import (COLOURS, PLACES, SHAPES, Scene, ToyDataset, WorldCon
                             make_scene, make_tokenizer)
 from nanoeemllm.vision import VisionTransformer
 
-ENCODER_STEPS, LANGUAGE_STEPS = 1200, 400
+ENCODER_STEPS, LANGUAGE_STEPS = 800, 400
 BATCH = 16
 LEARNING_RATE = 1e-3                          # 3e-3 failed for either
 
@@ -80,8 +80,7 @@ def tiny_tokenizer(config: ModelConfig) -> Tokenizer:
 
 # ---- the encoder ----
 
-WORDS = (*SHAPES, *COLOURS, *PLACES)
-PHRASES = 8                                    # of every picture, a step
+WORDS = (*SHAPES, *COLOURS, *PLACES, "nothing")
 
 
 def train_encoder(world: WorldConfig, config: ModelConfig) -> dict:
@@ -96,30 +95,23 @@ def train_encoder(world: WorldConfig, config: ModelConfig) -> dict:
         scenes = [make_scene(world, "train", i) for i in range(step * BATCH, (step + 1) * BATCH)]
         pictures = [prepare_image(draw(scene, world.picture_size), config.vision) for scene in scenes]
         features = vision(torch.cat([patches for patches, _ in pictures]), [grid for _, grid in pictures])
-        phrases, truth = make_phrases(scenes, random.Random(f"{world.seed} phrases {step}"))
-        patch_words = features.unflatten(0, (BATCH, -1)) @ F.normalize(words, dim=1).T           # (B, P, words)
-        scores = (patch_words @ phrases.T).logsumexp(dim=1) + bias                               # (B, phrases)
-        each = F.binary_cross_entropy_with_logits(scores, truth, reduction="none")
-        return each[truth == 1].mean() + each[truth == 0].mean()                # nine in ten of the pairs are false
+        scores = features @ F.normalize(words, dim=1).T + bias                                   # (P, words)
+        truth = torch.cat([true_words(scene, config.vision.grid_size) for scene in scenes])
+        weight = 0.2 + 0.8 * truth                               # a patch has three true words and nineteen false
+        return 3 * F.binary_cross_entropy_with_logits(scores, truth, weight, reduction="sum") / weight.sum()
 
     _optimize([*vision.parameters(), words, bias], loss, ENCODER_STEPS, "encoder", 0)
     return _as_numpy(vision)
 
 
-def make_phrases(scenes: list[Scene], rng: random.Random) -> tuple[Tensor, Tensor]:
-    """PHRASES of every scene, each one to three words about one of its things.
-
-    Returns which words each has (N, words), and of which scenes each is true (B, N), both 0 or 1.
-    """
-    things = [[{WORDS.index(t.shape), WORDS.index(t.colour), WORDS.index(PLACES[t.place])} for t in scene]
-              for scene in scenes]
-    phrases = [set(rng.sample(sorted(rng.choice(scene)), rng.choice((1, 1, 2, 2, 3))))
-               for scene in things for _ in range(PHRASES)]
-    holds = torch.zeros(len(phrases), len(WORDS))
-    for row, phrase in enumerate(phrases):
-        holds[row, list(phrase)] = 1
-    truth = torch.tensor([[float(any(phrase <= thing for thing in scene)) for phrase in phrases] for scene in things])
-    return holds, truth
+def true_words(scene: Scene, side: int) -> Tensor:
+    """(side * side, words), 0 or 1: a patch's place, and shape and colour of the thing there or "nothing"."""
+    places = torch.zeros(len(PLACES), len(WORDS))
+    for place, name in enumerate(PLACES):
+        here = [word for t in scene if t.place == place for word in (t.shape, t.colour)]
+        places[place, [WORDS.index(word) for word in [name, *(here or ["nothing"])]]] = 1
+    third = (2 * torch.arange(side) + 1) * 3 // (2 * side)       # of three, by the patch's middle
+    return places[(third[:, None] * 3 + third).flatten()]
 
 
 # ---- the language model ----
