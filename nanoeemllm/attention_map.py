@@ -124,5 +124,6 @@ def _sheet(panels: list[tuple[str, list[Image.Image]]]) -> Image.Image:
         pen.text((x, y + height - _MARGIN - _LABEL + 4), label, fill="black", font=font)
         for picture in pictures:
             sheet.paste(picture, (x, y))
+            pen.rectangle((x, y, x + picture.width - 1, y + picture.height - 1), outline=(200, 200, 200))
             x += picture.width + 4
     return sheet

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from nanoeemllm.attention import Run
 from nanoeemllm.config import LlamaConfig, UserError, VisualPathConfig
 from nanoeemllm.layout import Layout
-from nanoeemllm.llama import LlamaLayer, RMSNorm, rope_cos_sin
+from nanoeemllm.llama import LlamaLayer, RMSNorm, embedding, rope_cos_sin
 from nanoeemllm.visual_path import Context, VisualPath, make_visual_path
 
 
@@ -35,7 +35,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.path = make_visual_path(path_config, config, feature_width)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, self.path, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
@@ -177,7 +177,7 @@ class KVCache:
             return step(ids, self)
         if self.graphs[len(ids)] is None:
             graph, its_ids = torch.cuda.CUDAGraph(), ids.clone()
-            with torch.cuda.graph(graph):                                   # records; nothing is computed
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):    # records; nothing is computed
                 hidden = step(its_ids, self)
             self.graphs[len(ids)] = graph, its_ids, hidden
         graph, its_ids, hidden = self.graphs[len(ids)]

@@ -15,6 +15,14 @@ from torch import Tensor, nn
 from nanoeemllm.config import LlamaConfig
 
 
+def embedding(entries: int, width: int) -> nn.Embedding:
+    """nn.Embedding, but on the meta device, where models begin that are loaded, it draws no weights: that would import
+    torch's compiler, the better part of a second."""
+    if torch.empty(0).is_meta:
+        return nn.Embedding.from_pretrained(torch.empty(entries, width), freeze=False)
+    return nn.Embedding(entries, width)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight; the mean is taken in float32 whatever x is."""
 

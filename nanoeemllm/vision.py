@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nanoeemllm.attention import Run, composite_attention
 from nanoeemllm.config import VisionConfig
+from nanoeemllm.llama import embedding
 
 
 class VisionAttention(nn.Module):
@@ -60,7 +61,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         clip = config.architecture == "clip"
         self.patch_embedding = nn.Linear(config.patch_dim, config.hidden_size, bias=not clip)
-        self.position_embedding = nn.Embedding(config.grid_size ** 2 + clip, config.hidden_size)
+        self.position_embedding = embedding(config.grid_size ** 2 + clip, config.hidden_size)
         if clip:
             self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
             self.pre_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)

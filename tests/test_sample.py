@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import sample
-from nanoeemllm import attention_map, bench
+from nanoeemllm import attention_map, bench, bench_systems
 from nanoeemllm.checkpoint import save
 from nanoeemllm.config import IMAGE_TOKEN as IMAGE
 from nanoeemllm.config import PRESETS, UserError
@@ -275,5 +275,5 @@ def test_benchmarks_of_every_system(tmp_path, capsys, monkeypatch):
 def test_scores_in_memory_give_the_same_logits():
     model = wide_model("llava", dtype=torch.float64)
     expected = model.logits([1, IMAGE, 5, 6], [picture(1)])
-    with bench.scores_in_memory():
+    with bench_systems.scores_in_memory():
         torch.testing.assert_close(model.logits([1, IMAGE, 5, 6], [picture(1)]), expected, rtol=1e-5, atol=1e-5)
