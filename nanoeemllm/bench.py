@@ -46,23 +46,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("prefill", "decode", "flops", "train", "kernel"))
     add = parser.add_argument
-    add("--preset", choices=[n for n in PRESETS if PRESETS[n].vision], default="eemllm-300m")
+    add("--preset", choices=[n for n in PRESETS if PRESETS[n].vision], help="(eemllm-7b-980 on a GPU, else eemllm-300m)")
     add("--weights", type=Path, metavar="DIR", help="a model folder instead of a preset")
     add("--systems", nargs="+", metavar="PATH", help=f"visual paths, {OLD} or all (llava-2024 llava eemllm)")
-    add("--visual", nargs="+", type=int, choices=SIDES, default=[2304], help="visual tokens a picture")
-    add("--images", nargs="+", type=int, default=[1], help="pictures (1)")
+    add("--visual", nargs="+", type=int, choices=SIDES, help="visual tokens a picture (on a GPU 576 2304 4900, else 2304)")
+    add("--images", nargs="+", type=int, help="pictures (on a GPU 1 2, else 1)")
     add("--text", type=int, default=64, help="text tokens of a prompt (64)")
     add("--tokens", type=int, default=256, help="decode: of the longest answer (256)")
     add("--runs", type=int, default=5, help="rounds (5)")
-    add("--device", help="cuda or cpu (cuda where there is one)")
+    add("--device", choices=("cuda", "cpu"), help="(cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="(bfloat16 on a GPU, else float32)")
     add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="for the JSON file and the plot")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = args.device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has none; leave it out, or give cpu")
+    args.preset = args.preset or ("eemllm-7b-980" if gpu else "eemllm-300m")
+    args.visual = args.visual or (list(SIDES) if gpu else [2304])
+    args.images = args.images or ([1, 2] if gpu else [1])
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     for name in ("text", "tokens", "runs"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+    if min(args.images) < 1:
+        raise UserError(f"--images must be 1 or more, not {min(args.images)}")
     return args
 
 

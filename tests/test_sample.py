@@ -267,7 +267,7 @@ def test_benchmarks_of_every_system(tmp_path, capsys, monkeypatch):
     assert [list(row["seconds"]) for row in rows] == [["2", "8", "9"]] * len(rows) and (tmp_path / "decode.png").is_file()
     shown = capsys.readouterr().out
     assert shown.count("1 x 576") == 16 and "threads" in shown
-    for flags, what in ((["--systems", "x"], "known are"), (["--runs", "0"], "--runs must be 1")):
+    for flags, what in ((["--systems", "x"], "known are"), (["--runs", "0"], "--runs must be 1"), (["--images", "0"], "--images must be 1")):
         with pytest.raises(UserError, match=what):
             bench.main(["prefill", *common, *flags])
 
