@@ -45,7 +45,8 @@ TEMPLATES = {
     "vicuna_v1": Template("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
                           "helpful, detailed, and polite answers to the user's questions.",
                           "{} ", "USER: {} ", "ASSISTANT:", " ", "", "", True),
-    "short": Template("", "{} ", "USER: {} ", "ASSISTANT:", " ", "", "", True),   # vicuna_v1 for the tiny world
+    # the tiny world's: its tokenizer makes a token of every word and every mark, and these stand in every turn
+    "short": Template("", "{} ", "USER {} ", "ASSISTANT", " ", "", "", True),
     "chatml": Template("", "<|im_start|>system\n{}<|im_end|>\n", "<|im_start|>user\n{}<|im_end|>\n",
                        "<|im_start|>assistant\n", "", "<|im_end|>", "\n", False),
     "llama3": Template("", "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
