@@ -116,8 +116,10 @@ def gradients(model: EEMLLM) -> dict[str, Tensor]:
 
 # ---- processes ----
 
+# The server process imports PyTorch once, for all of them; where from, only this tells it.
+os.environ["PYTHONPATH"] = os.pathsep.join((str(Path(__file__).parent), str(Path(__file__).parent.parent)))
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["tiny_run"])      # imports PyTorch once, for all of them
+_server.set_forkserver_preload(["tiny_run"])
 
 
 def start(function, *arguments, rank: int = 0, size: int = 1, port: int = 0) -> multiprocessing.Process:
@@ -134,7 +136,7 @@ def in_processes(size: int, function, *arguments):
         port = free.getsockname()[1]
     processes = [start(function, *arguments, rank=rank, size=size, port=port) for rank in range(size)]
     for process in processes:
-        process.join(100)
+        process.join(600)
     assert [process.exitcode for process in processes] == [0] * size
 
 

@@ -1,0 +1,116 @@
+"""What a training step costs: time, MFU and memory of `llava` and `eemllm` at equal settings.
+
+    python -m nanoeemllm.bench train                                       the tiny shape, 256 visual tokens, this machine
+    python -m nanoeemllm.bench train --preset eemllm-7b-980 --visual 4900 --text 256 --samples 1       one large GPU
+
+Random weights and pictures: time does not depend on what was learned. Every case has a process of its own, so that its
+peak memory is its own. MFU is operations (flops.py, none counted twice) over the GPU's dense bfloat16 peak; where
+that is not known, over the rate of a large matrix product measured in the same process.
+"""
+
+import argparse
+import dataclasses
+import math
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+import torch.distributed as dist
+
+from nanoeemllm.config import IMAGE_TOKEN, PRESETS, VISUAL_PATHS, UserError, VisualPathConfig
+from nanoeemllm.data import Packed, Sample
+from nanoeemllm.distributed import join, spread
+from nanoeemllm.flops import published_paths, training_operations
+from nanoeemllm.model import EEMLLM, collate
+from nanoeemllm.training import TrainConfig, accumulate, freeze_for, make_optimizer, memory_gb, peak_operations, update
+
+
+def main(argv: list[str] | None = None):
+    args = parse(argv)
+    side = math.isqrt(args.visual)
+    if side ** 2 != args.visual:
+        raise UserError(f"--visual {args.visual}: give the patches of a square picture, as in {side ** 2}")
+    config = PRESETS[args.preset]
+    print(f"{args.preset}, {args.samples} samples of {args.text} text and {args.visual} visual tokens a step"
+          + (", activations checkpointed" if args.checkpoint_activations else "") + (", compiled" if args.compile else ""))
+    print("| stage | path | ms a step | tokens/s | operations a step | MFU | peak memory |\n|---" + "|---" * 6 + "|")
+    for stage in args.stages:
+        for name in args.paths:
+            path = published_paths(config.llama)[name]
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+                seconds, operations, peak, gigabytes = alone.submit(measure, args, stage, path, side).result()
+            tokens = args.samples * (args.text + args.visual)
+            print(f"| {stage} | {name} | {1e3 * seconds:,.0f} | {tokens / seconds:,.0f} | {operations:.3g} | "
+                  f"{operations / seconds / peak:.0%} | {gigabytes:.2f} GB |", flush=True)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m nanoeemllm.bench train", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=[name for name in PRESETS if PRESETS[name].vision], default="tiny")
+    add("--paths", nargs="+", choices=VISUAL_PATHS, default=["llava", "eemllm"])
+    add("--stages", nargs="+", choices=("pretrain", "finetune"), default=["pretrain", "finetune"])
+    add("--visual", type=int, default=256, help="visual tokens a sample (256)")
+    add("--text", type=int, default=64, help="text tokens a sample (64)")
+    add("--samples", type=int, default=8, help="a step and micro-batch (8)")
+    add("--steps", type=int, default=10, help="timed, after two that are not (10)")
+    add("--checkpoint-activations", action="store_true")
+    add("--compile", action="store_true")
+    add("--device")
+    return parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace, stage: str, path: VisualPathConfig, side: int) -> tuple[float, float, float, float]:
+    """Seconds of a step (the median), its operations, the peak a second, and gigabytes."""
+    config = dataclasses.replace(PRESETS[args.preset], visual_path=path)
+    with join(args.device) as group:
+        torch.manual_seed(0)
+        with torch.device("meta" if dist.is_initialized() else group.device):
+            model = EEMLLM(config)
+        freeze_for(model, stage)
+        model.decoder.checkpoint_activations = args.checkpoint_activations
+        if args.compile:
+            for layer in model.decoder.layers:
+                layer.compile(dynamic=True)
+        spread(model, group)
+        model.initialize()
+        settings = TrainConfig(stage, args.steps + 2, args.samples, 1e-5)
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(params, settings)
+        packed = Packed(0, True, collate([sample(config, args.text, side)] * args.samples), [], [], 0)
+
+        times = []
+        for step in range(settings.steps):
+            start = time.perf_counter()
+            seen, _ = accumulate(model, [packed], stage)
+            update(params, optimizer, seen.learned, group, settings, step)     # reads the norm: the host waits
+            if group.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        operations = training_operations(config, packed.batch.layout, len(packed.batch.targets), stage)
+        held = memory_gb(group.device)
+        return statistics.median(times[2:]), operations, peak_operations(group.device) or product_rate(group.device), held
+
+
+def sample(config, text: int, side: int) -> Sample:
+    """A picture and text, the second half of which is learned from."""
+    ids = [1, IMAGE_TOKEN, *(2 + i % (config.llama.vocab_size - 2) for i in range(text - 1))]
+    patches = torch.rand(side ** 2, config.vision.patch_dim)
+    return Sample(ids, [False, False] + [i >= text // 2 for i in range(text - 1)], [(patches, (side, side))], "")
+
+
+def product_rate(device: torch.device, n: int = 1024) -> float:
+    """Operations a second of an n x n matrix product, the best of ten."""
+    a, best = torch.rand(n, n, device=device), math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best
+
+
+if __name__ == "__main__":
+    main()
