@@ -8,8 +8,9 @@ Everything is a function of (world seed, split, index) and is drawn on the fly; 
     held-out     scenes like these that no training picture and no training text ever shows (one in eight)
     never-seen   every thing is a combination of colour and shape that no training picture and no training text has
 
-Captions are worded in two orders, by thing ("the cat is red and at the top-left.") and by place ("at the top-left is a
-red cat."). Both are needed: a model learns to look things up by what was named first, and hardly any other way.
+Captions are worded in two orders, by thing ("the cat is red at top-left.") and by place ("at top-left a red cat.").
+Both are needed: a model learns to look things up by what was named first, and hardly any other way. Answers begin with the
+word that is looked up ("top-left", not "at the top-left"): two words later it took several times as long to learn.
 
 The ground is white and so is the mean of the tiny encoder's normalisation: pixels are 0 on the ground and negative,
 whatever the colour, on a thing. So a shape is seen in a colour it never had in training (on middle grey it was not).
@@ -294,8 +295,8 @@ def _turns(asked: list[Question], first: str) -> list[dict]:
 def make_tokenizer(extra_words: str = "") -> Tokenizer:
     """Word-level, lower case: every word of the world, and those of `extra_words` (the chat template's).
 
-    "top-left" is one word: with two, places share their words, and looking up by place took several times as long
-    to learn. The newline is a word too: a text token has to stand between a picture and the caption it predicts.
+    "top-left" is one word, so that no place shares words with another. The newline is a word too: a text token has to
+    stand between a picture and the caption that it predicts.
     """
     scene = [Thing(shape, colour, place, (0, 0, 0)) for place, (shape, colour) in enumerate(zip(SHAPES, COLOURS))]
     text = " ".join(" ".join((q.question, q.answer)) for q in questions(scene, hardness=1))
