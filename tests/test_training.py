@@ -108,13 +108,15 @@ class Logged(Loader):
     file = ""
 
     def __iter__(self):
+        last = None
         for p in super().__iter__():
             with open(Logged.file, "a") as file:
-                file.write(json.dumps([p.step, p.keys]) + "\n")
+                file.write(json.dumps([p.step, p.step != last, p.keys]) + "\n")
+            last = p.step
             yield p
 
 
-STEPS = 56
+STEPS = 48
 
 
 def logged_run(group, folder):
@@ -125,12 +127,8 @@ def logged_run(group, folder):
 def samples_of(folder) -> list[list[str]]:
     """Of each step, the last time that it was taken."""
     steps = {}
-    last = None
-    for step, keys in map(json.loads, (folder / "log").read_text().splitlines()):
-        if step != last:
-            steps[step] = []
-        steps[step] += keys
-        last = step
+    for step, begins, keys in map(json.loads, (folder / "log").read_text().splitlines()):
+        steps[step] = keys if begins else steps[step] + keys
     return [steps[step] for step in sorted(steps)]
 
 
@@ -149,7 +147,7 @@ def test_ten_kills_change_no_bit_and_lose_no_sample(tmp_path):
             time.sleep(0.002)
         deadline = time.time() + 5
         while kill % 2 and not list(folder.glob("run/checkpoints/.writing-*")) and time.time() < deadline:
-            pass                                                         # every other time: while it saves
+            time.sleep(0.001)                                            # every other time: while it saves
         time.sleep(rng.random() * (0.01 if kill % 2 else 0.1))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
