@@ -1,0 +1,101 @@
+"""train.py as a user calls it, on conversations in files; the model is tiny and untrained."""
+
+import json
+
+import pytest
+
+import train
+from nanoeemllm import checkpoint
+from nanoeemllm.config import UserError
+from nanoeemllm.toy import WorldConfig, export_llava
+from tiny_run import tiny_model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model folder and forty conversations of each stage."""
+    folder = tmp_path_factory.mktemp("world")
+    model = tiny_model()
+    checkpoint.save(model.state_dict(), model.config, model.tokenizer, folder / "start")
+    export_llava(WorldConfig(picture_size=32), folder, 40)
+    return folder
+
+
+def call(*arguments) -> None:
+    train.main(train.parse([str(a) for a in (*arguments, "--device", "cpu")]))
+
+
+def on_files(world, out, stage, *more):
+    call("--stage", stage, "--data", world / f"{stage}.json", "--images", world / "images", "--out", out, "--batch-size", 8,
+         "--lr", 1e-2, "--workers", 1, "--micro-batch-tokens", 400, *more)
+
+
+def test_both_stages_learn_from_files(world, tmp_path, capsys):
+    on_files(world, tmp_path, "pretrain", "--init", world / "start", "--epochs", 2, "--val-data", world / "pretrain.json")
+    on_files(world, tmp_path, "finetune", "--steps", 12)
+    lines = [json.loads(line) for line in (tmp_path / "finetune-run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 12 and lines[-1]["loss"] < lines[0]["loss"]
+    first = (tmp_path / "pretrain-run" / "metrics.jsonl").read_text().splitlines()
+    assert len(first) == 10 and "held_out_loss" in json.loads(first[-1])
+    assert json.loads((tmp_path / "pretrain-run" / "run.json").read_text())["conversations"] == [40]
+    assert not (tmp_path / "finetune-run" / "checkpoints").exists()
+    assert checkpoint.load(tmp_path / "finetune", device="cpu").config == checkpoint.load(world / "start", device="cpu").config
+    on_files(world, tmp_path, "finetune", "--steps", 12, "--resume")
+    assert "finetune: finished already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="steps was 12 and is now 13"):
+        on_files(world, tmp_path, "finetune", "--steps", 13, "--resume")
+
+
+def test_another_visual_path_begins_with_its_own_weights(world, tmp_path):
+    on_files(world, tmp_path, "pretrain", "--init", world / "start", "--steps", 2, "--visual-path", "saisa")
+    names = checkpoint.load(tmp_path / "pretrain", device="cpu").state_dict()
+    assert any("visual_projector" in name for name in names) and not any(name.startswith("projector.") for name in names)
+
+
+def test_show_batch(world, tmp_path, capsys):
+    on_files(world, tmp_path, "pretrain", "--init", world / "start", "--show-batch")
+    shown = capsys.readouterr().out
+    assert "no padding" in shown and "[4 x 4 picture]" in shown and "\033[1;32m" in shown
+    assert not (tmp_path / "pretrain-run").exists()
+
+
+def test_dry_run_of_files_and_of_the_papers_stages(world, tmp_path, capsys):
+    on_files(world, tmp_path, "finetune", "--init", world / "start", "--dry-run")
+    assert "40 samples in 5 steps of 8" in capsys.readouterr().out
+    call("--stage", "pretrain", "--dry-run", "--preset", "eemllm-7b-980", "--assume", "558000,60,4900")
+    told = capsys.readouterr().out
+    assert "projector           21.5 M  trained" in told and "vision             417.8 M  frozen" in told
+    assert "hours at 50% of 8 x 989 TFLOP/s" in told
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--stage", "finetune"], "holds no model: run `python train.py --stage pretrain` first, or name one with --init"),
+    (["--stage", "finetune", "--data", "x.json"], "run `python train.py --stage pretrain` first"),
+    (["--stage", "pretrain", "--init", "nowhere"], "nowhere holds no model"),
+    (["--stage", "pretrain", "--dry-run", "--preset", "tiny", "--assume", "1,2"], "give three whole numbers"),
+])
+def test_what_is_missing_is_said(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        call(*arguments, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["--data", "x.json"], ["--steps", "0"], ["--lr", "nan"], ["--preset", "tiny"]])
+def test_values_that_make_no_sense(arguments):
+    with pytest.raises(SystemExit) as error:
+        train.parse(arguments)
+    assert error.value.code == 2
+
+
+def test_unusable_conversations_are_told_before_the_first_step(world, tmp_path, capsys):
+    data = json.loads((world / "pretrain.json").read_text())
+    data[7]["image"] = "../secret.png"
+    data[9]["conversations"][1]["value"] = ""
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps(data))
+    arguments = ("--stage", "pretrain", "--init", world / "start", "--data", file, "--images", world / "images", "--out", tmp_path,
+                 "--batch-size", 8, "--steps", 2, "--workers", 0)
+    with pytest.raises(UserError, match="more than 1.00% cannot be used.*--max-bad"):
+        call(*arguments)
+    told = capsys.readouterr().err
+    assert "2 of 40 conversations cannot be used" in told and "is outside of the image folder" in told and "an empty answer" in told
+    call(*arguments, "--max-bad", 0.1)
