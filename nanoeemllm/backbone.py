@@ -39,7 +39,7 @@ from nanoeemllm.vision import VisionTransformer
 
 ENCODER_STEPS, LANGUAGE_STEPS = 800, 400
 BATCH = 16
-LEARNING_RATE = 1e-3                          # 3e-3 failed for either
+LEARNING_RATE = 1e-3                          # 3e-3 failed in earlier trials of this size
 
 
 def make_backbones(folder: Path, world: WorldConfig, force: bool = False):
