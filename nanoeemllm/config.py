@@ -266,7 +266,7 @@ _CLIP_336 = VisionConfig(architecture="clip", hidden_size=1024, intermediate_siz
                          post_layernorm=False, image_mean=(0.48145466, 0.4578275, 0.40821073),
                          image_std=(0.26862954, 0.26130258, 0.27577711))
 _TINY = ModelConfig(
-    LlamaConfig(vocab_size=128, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+    LlamaConfig(vocab_size=128, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=4, head_dim=32, max_position_embeddings=2048),
     VisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, patch_size=8,
                  image_size=48, min_image_size=24, resize="native", image_mean=(1.0, 1.0, 1.0)),

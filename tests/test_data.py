@@ -1,5 +1,6 @@
 """Data: what is read, what is refused, who gets which sample, and that none is lost or seen twice."""
 
+import dataclasses
 import json
 import math
 
@@ -279,7 +280,9 @@ def test_too_few_samples_for_the_processes():
 
 def test_token_cost_counts_the_work_of_the_paths():
     """By hand: C = 128, F = 384, H D = 128, G D = 64, FFN 3 C F a row; 3 encoder layers beside 4 of the Llama."""
-    config = PRESETS["tiny"]
+    tiny = PRESETS["tiny"]
+    config = dataclasses.replace(tiny, llama=dataclasses.replace(tiny.llama, intermediate_size=384, num_hidden_layers=4,
+                                                                 num_key_value_heads=2))
     row = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 384
     assert token_cost(config)(1, []) == pytest.approx(1 + 128 / row)       # 2 H D weights x half a pair
     visual = row - 128 * 128 + (4 * 128 ** 2 + 2 * 128 * 384) * 3 / 4 / 3
