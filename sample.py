@@ -9,6 +9,7 @@
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import sys
@@ -23,7 +24,7 @@ from nanoeemllm.checkpoint import load, read_json
 from nanoeemllm.config import ModelConfig, UserError, add_visual_path_flags, run_command, visual_path_from
 from nanoeemllm.generation import Sampling, stream_text
 from nanoeemllm.image import load_image
-from nanoeemllm.prompt import IMAGE_TEXT, encode_prompt
+from nanoeemllm.prompt import IMAGE_TEXT, TEMPLATES, encode_prompt
 from nanoeemllm.visual_path import CompositePath
 
 DEFAULT_PROMPT = "describe the picture thing by thing."      # a sentence of the tiny world; others understand it too
@@ -37,6 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; give it again for more")
     add("--prompt", action="append", default=[], help=f'what to ask; give it again for more ("{DEFAULT_PROMPT}")')
     add("--weights", type=Path, metavar="DIR", help="model folder (the newest under out/)")
+    add("--chat-template", choices=TEMPLATES, help="how a conversation is written down (the model's own)")
     add("--chat", action="store_true", help="read questions from stdin, remember what was said")
     add("--jsonl", action="store_true", help="each picture for itself, a line of JSON for each; folders are searched")
     add("--attention", type=Path, metavar="PNG", help="draw where the model looks while it says each word")
@@ -150,6 +152,8 @@ def load_model(args):
         raise UserError(f"--device {device}: this machine has none; leave it out, or give cpu") from None
     dtype = getattr(torch, args.dtype) if args.dtype else torch.bfloat16 if device.startswith("cuda") else None
     model = load(folder, device, dtype, visual_path_from(args, config.visual_path)).eval()
+    if args.chat_template:
+        model.config = dataclasses.replace(model.config, chat_template=args.chat_template)
     if device == "cpu" and args.dtype is None and model.dtype == torch.float16:
         model.float()                                        # CPUs have no fast float16
     return model
