@@ -1,4 +1,4 @@
-"""The Triton kernels on a CUDA device, against the rule in float64: what test_kernel.py shows of them in Triton's
+"""The Triton kernels on a CUDA device, against the rule in float64: what kernel_interpreted.py shows of them in Triton's
 interpreter, and bfloat16, which the interpreter cannot multiply."""
 
 import os
