@@ -41,7 +41,7 @@ from nanoeemllm.training import Habits, OnOneProcess, Stopped, TrainConfig, free
 
 TINY = {  # the tiny world's settings
     "pretrain": TrainConfig("pretrain", steps=300, batch_size=16, learning_rate=2e-3, betas=(0.9, 0.98)),
-    "finetune": TrainConfig("finetune", steps=2200, batch_size=16, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.98)),
+    "finetune": TrainConfig("finetune", steps=1200, batch_size=16, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.98)),
 }
 PAPER = {  # LLaVA's and the paper's; an epoch of the data is so many steps
     "pretrain": TrainConfig("pretrain", steps=0, batch_size=256, learning_rate=1e-3),

@@ -6,8 +6,11 @@
 
 SigLIP compares pooled pictures with whole texts. That left hardly any shape in the patches, and comparing phrases with
 a picture's best patch put the shape of a thing into one of its patches and the colour into another, so that the
-decoder found the cat and not its colour. Word by word and place by place, every patch says in its own feature,
-linearly and about equally loudly, what is there and where: what the decoder will read.
+decoder found the cat and not its colour. Word by word and place by place, every patch of a thing says in its own
+feature, linearly and about equally loudly, what it is and where: what the decoder will read.
+
+An empty patch says "nothing", not its place. When it did, the decoder learned to look at the empty patches, to answer
+"where is the cat?" with a place that is not among them, and hardly ever went on to look for the cat.
 
 Both are trained at once, a process each, on the CPU; a core is enough for either. `make_backbones` puts them together
 with a new projector into one model folder, from which stage 1 starts.
@@ -97,7 +100,7 @@ def train_encoder(world: WorldConfig, config: ModelConfig) -> dict:
         features = vision(torch.cat([patches for patches, _ in pictures]), [grid for _, grid in pictures])
         scores = features @ F.normalize(words, dim=1).T + bias                                   # (P, words)
         truth = torch.cat([true_words(scene, config.vision.grid_size) for scene in scenes])
-        weight = 0.2 + 0.8 * truth                               # a patch has three true words and nineteen false
+        weight = 0.2 + 0.8 * truth                               # three words are true, nineteen false
         return 3 * F.binary_cross_entropy_with_logits(scores, truth, weight, reduction="sum") / weight.sum()
 
     _optimize([*vision.parameters(), words, bias], loss, ENCODER_STEPS, "encoder", 0)
@@ -105,11 +108,11 @@ def train_encoder(world: WorldConfig, config: ModelConfig) -> dict:
 
 
 def true_words(scene: Scene, side: int) -> Tensor:
-    """(side * side, words), 0 or 1: a patch's place, and shape and colour of the thing there or "nothing"."""
+    """(side * side, words), 0 or 1: shape, colour and place of the thing in whose place a patch lies, or "nothing"."""
     places = torch.zeros(len(PLACES), len(WORDS))
     for place, name in enumerate(PLACES):
-        here = [word for t in scene if t.place == place for word in (t.shape, t.colour)]
-        places[place, [WORDS.index(word) for word in [name, *(here or ["nothing"])]]] = 1
+        here = [word for t in scene if t.place == place for word in (t.shape, t.colour, name)]
+        places[place, [WORDS.index(word) for word in here or ["nothing"]]] = 1
     third = (2 * torch.arange(side) + 1) * 3 // (2 * side)       # of three, by the patch's middle
     return places[(third[:, None] * 3 + third).flatten()]
 

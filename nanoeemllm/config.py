@@ -267,7 +267,7 @@ _CLIP_336 = VisionConfig(architecture="clip", hidden_size=1024, intermediate_siz
                          image_std=(0.26862954, 0.26130258, 0.27577711))
 _TINY = ModelConfig(
     LlamaConfig(vocab_size=128, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-                num_key_value_heads=4, head_dim=32, max_position_embeddings=2048),
+                num_key_value_heads=4, head_dim=32, max_position_embeddings=2048, rope_theta=1e6),
     VisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, patch_size=8,
                  image_size=48, min_image_size=24, resize="native", image_mean=(1.0, 1.0, 1.0)),
     chat_template="short")

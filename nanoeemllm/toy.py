@@ -225,7 +225,7 @@ def ask(scene: Scene, rng: random.Random, hardness: int = 0) -> list[Question]:
     return chosen
 
 
-LESSON = {"caption": (0, 1), "how-many": (0, 1), "what-is-at": (1, 2), "colour": (0, 2), "where": (0, 3),
+LESSON = {"caption": (0, 1), "how-many": (0, 1), "what-is-at": (1, 2), "colour": (0, 2), "where": (0, 2),
           "is-there": (1, 1), "relation": (2, 2)}
 
 
