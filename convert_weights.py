@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from nanoeemllm.checkpoint import (Lazy, check_replaceable, check_tensors, is_model, listed, open_safetensors,
                                    random_weights, read_json, save, shards)
-from nanoeemllm.config import LlamaConfig, ModelConfig, UserError, VisionConfig, VisualPathConfig, run_command
+from nanoeemllm.command_line import run_command
+from nanoeemllm.config import LlamaConfig, ModelConfig, UserError, VisionConfig, VisualPathConfig
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import TEMPLATES, Tokenizer
 from nanoeemllm.sentencepiece import read_sentencepiece

@@ -21,7 +21,8 @@ import torch
 
 from nanoeemllm.attention_map import draw_attention
 from nanoeemllm.checkpoint import load, read_json
-from nanoeemllm.config import ModelConfig, UserError, add_visual_path_flags, run_command, visual_path_from
+from nanoeemllm.command_line import add_visual_path_flags, run_command, visual_path_from
+from nanoeemllm.config import ModelConfig, UserError
 from nanoeemllm.generation import Sampling, stream_text
 from nanoeemllm.image import load_image
 from nanoeemllm.prompt import IMAGE_TEXT, TEMPLATES, encode_prompt

@@ -29,7 +29,8 @@ import numpy as np
 from nanoeemllm import ModelConfig, UserError, load
 from nanoeemllm.backbone import make_backbones, tiny_config, tiny_tokenizer
 from nanoeemllm.checkpoint import read_json
-from nanoeemllm.config import PRESETS, add_visual_path_flags, run_command, visual_path_from
+from nanoeemllm.command_line import add_visual_path_flags, run_command, visual_path_from
+from nanoeemllm.config import PRESETS
 from nanoeemllm.conversations import describe_problems
 from nanoeemllm.data import Loader, Mixture, Plan, count_tokens, encode_sample, open_mixture, token_cost
 from nanoeemllm.distributed import Group, join, save_model, spread
@@ -41,7 +42,7 @@ from nanoeemllm.training import Habits, OnOneProcess, Stopped, TrainConfig, free
 
 TINY = {  # the tiny world's settings
     "pretrain": TrainConfig("pretrain", steps=300, batch_size=16, learning_rate=2e-3, betas=(0.9, 0.98)),
-    "finetune": TrainConfig("finetune", steps=1200, batch_size=16, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.98)),
+    "finetune": TrainConfig("finetune", steps=1800, batch_size=16, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.98)),
 }
 PAPER = {  # LLaVA's and the paper's; an epoch of the data is so many steps
     "pretrain": TrainConfig("pretrain", steps=0, batch_size=256, learning_rate=1e-3),

@@ -24,7 +24,8 @@ import torch
 
 from nanoeemllm.bench_systems import OLD, Clock, Question, System
 from nanoeemllm.checkpoint import load
-from nanoeemllm.config import PRESETS, ModelConfig, UserError, run_command
+from nanoeemllm.command_line import run_command
+from nanoeemllm.config import PRESETS, ModelConfig, UserError
 from nanoeemllm.flops import SIDES, forward_operations, prompt, published_paths
 from nanoeemllm.plot import line_chart
 

@@ -1,6 +1,6 @@
 """What a training step costs: time, MFU and memory of `llava` and `eemllm` at equal settings.
 
-    python -m nanoeemllm.bench train                                       the tiny shape, 256 visual tokens, this machine
+    python -m nanoeemllm.bench train                                       the tiny shape, 64 and 256 visual tokens, here
     python -m nanoeemllm.bench train --preset eemllm-7b-980 --visual 4900 --text 256 --samples 1       one large GPU
 
 Random weights and pictures: time does not depend on what was learned. Every case has a process of its own, so that its
@@ -10,6 +10,7 @@ that is not known, over the rate of a large matrix product measured in the same 
 
 import argparse
 import dataclasses
+import itertools
 import math
 import multiprocessing
 import statistics
@@ -29,20 +30,23 @@ from nanoeemllm.training import TrainConfig, accumulate, freeze_for, make_optimi
 
 def main(argv: list[str] | None = None):
     args = parse(argv)
-    side = math.isqrt(args.visual)
-    if side ** 2 != args.visual:
-        raise UserError(f"--visual {args.visual}: give the patches of a square picture, as in {side ** 2}")
+    for visual in args.visual:
+        if math.isqrt(visual) ** 2 != visual:
+            raise UserError(f"--visual {visual}: give the patches of a square picture, as in {math.isqrt(visual) ** 2}")
     config = PRESETS[args.preset]
-    print(f"{args.preset}, {args.samples} samples of {args.text} text and {args.visual} visual tokens a step"
+    print(f"{args.preset}, {args.samples} samples of {args.text} text tokens a step"
           + (", activations checkpointed" if args.checkpoint_activations else "") + (", compiled" if args.compile else ""))
-    print("| stage | path | ms a step | tokens/s | operations a step | MFU | peak memory |\n|---" + "|---" * 6 + "|")
-    for stage in args.stages:
+    print("| stage | visual tokens | path | ms a step | to the first | tokens/s | operations a step | MFU | peak memory |\n|---"
+          + "|---" * 8 + "|")
+    for stage, visual in itertools.product(args.stages, args.visual):
+        first = None
         for name in args.paths:
             path = published_paths(config.llama)[name]
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-                seconds, operations, peak, gigabytes = alone.submit(measure, args, stage, path, side).result()
-            tokens = args.samples * (args.text + args.visual)
-            print(f"| {stage} | {name} | {1e3 * seconds:,.0f} | {tokens / seconds:,.0f} | {operations:.3g} | "
+                seconds, operations, peak, gigabytes = alone.submit(measure, args, stage, path, math.isqrt(visual)).result()
+            first = first or seconds
+            print(f"| {stage} | {visual} | {name} | {1e3 * seconds:,.0f} | {seconds / first:.2f} | "
+                  f"{args.samples * (args.text + visual) / seconds:,.0f} | {operations:.3g} | "
                   f"{operations / seconds / peak:.0%} | {gigabytes:.2f} GB |", flush=True)
 
 
@@ -53,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--preset", choices=[name for name in PRESETS if PRESETS[name].vision], default="tiny")
     add("--paths", nargs="+", choices=VISUAL_PATHS, default=["llava", "eemllm"])
     add("--stages", nargs="+", choices=("pretrain", "finetune"), default=["pretrain", "finetune"])
-    add("--visual", type=int, default=256, help="visual tokens a sample (256)")
+    add("--visual", nargs="+", type=int, default=[64, 256], help="visual tokens a sample (64 256)")
     add("--text", type=int, default=64, help="text tokens a sample (64)")
     add("--samples", type=int, default=8, help="a step and micro-batch (8)")
     add("--steps", type=int, default=10, help="timed, after two that are not (10)")

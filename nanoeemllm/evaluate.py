@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from nanoeemllm.benchmark import TSV, Predictions, as_list, detect
 from nanoeemllm.checkpoint import load, read_json
-from nanoeemllm.config import (ModelConfig, UserError, VisualPathConfig, add_visual_path_flags, run_command,
-                               visual_path_from)
+from nanoeemllm.command_line import add_visual_path_flags, run_command, visual_path_from
+from nanoeemllm.config import ModelConfig, UserError, VisualPathConfig
 from nanoeemllm.data import patch_grid
 from nanoeemllm.image import load_image
 from nanoeemllm.metrics import CHOICE, GROUPS, METRICS, YES_NO, grade, options_of, summarize

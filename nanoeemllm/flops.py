@@ -12,8 +12,8 @@ import argparse
 import dataclasses
 from collections import Counter
 
-from nanoeemllm.config import (IMAGE_TOKEN, PRESETS, LlamaConfig, ModelConfig, VisualPathConfig, add_visual_path_flags,
-                               visual_path_from)
+from nanoeemllm.command_line import add_visual_path_flags, visual_path_from
+from nanoeemllm.config import IMAGE_TOKEN, PRESETS, LlamaConfig, ModelConfig, VisualPathConfig
 from nanoeemllm.layout import Layout, build_layout
 
 

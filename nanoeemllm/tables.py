@@ -13,7 +13,6 @@ same command again. --draw prints the tables and draws the plot from the results
 import argparse
 import dataclasses
 import json
-import platform
 import statistics
 import sys
 import time
@@ -25,11 +24,13 @@ import torch.nn.functional as F
 
 from nanoeemllm.backbone import make_backbones
 from nanoeemllm.checkpoint import load
-from nanoeemllm.config import PRESETS, UserError, VisualPathConfig, run_command
+from nanoeemllm.command_line import run_command
+from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
 from nanoeemllm.distributed import join
 from nanoeemllm.evaluate import evaluate_rows
 from nanoeemllm.flops import forward_operations
 from nanoeemllm.layout import build_layout
+from nanoeemllm.model import EEMLLM
 from nanoeemllm.plot import line_chart
 from nanoeemllm.prompt import encode_prompt
 from nanoeemllm.run import write_aside
@@ -39,7 +40,7 @@ from nanoeemllm.training import Stopped
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train  # the script at the top of the repository
 
-PATHS = {"llava": "", "eemllm": "", "naavit": "", "saisa": "", "yopo": "--last-visual-layer 3", "flamingo": "--every 1"}
+PATHS = {"llava": "", "eemllm": "", "naavit": "", "saisa": "", "yopo": "--last-visual-layer 2", "flamingo": "--every 1"}
 SIZES = {64: 64, 128: 256}                                  # pixels a side -> visual tokens
 ALIGNERS = {"none": "", "V O": "vo", "V FFN": "vf", "O FFN": "of", "V O FFN": "vof"}
 SHARES = (0.125, 0.25, 0.5, 1.0)                            # of the training's steps; no pair is seen twice
@@ -118,34 +119,45 @@ def train_job(job: Job, args) -> Path:
 
 
 def score(asked: Asked, folder: Path, questions: int) -> dict:
-    """Accuracy in percent on both splits; what a prefill of one question costs, counted and timed."""
-    model = load(folder, "cpu", visual_path=asked.path).eval()
-    if asked.size:
-        model = at_size(model, asked.size)
-    world, accuracy = WorldConfig(asked.size or asked.job.size), {}
+    """Accuracy in percent on both splits, and the operations of a prefill of one question."""
+    model, accuracy = model_of(asked, folder), {}
     for split in ("never-seen", "held-out"):
-        asked_of = exam(world, split, questions)
+        asked_of = exam(WorldConfig(asked.size or asked.job.size), split, questions)
         rows = [{"image": e.picture, "question": e.question, "answer": e.answer} for e in asked_of]
         accuracy[split] = next(iter(evaluate_rows(model, rows)["overall"].values()))
-
-    ids = encode_prompt(model.tokenizer, "<image>\n" + rows[0]["question"], model.config.chat_template)
-    side = model.config.vision.grid_size
+    ids, side = prompt_of(model, rows[0]["question"]), model.config.vision.grid_size
     count = forward_operations(model.config, build_layout([ids], [[(side, side)]])[1], 1)
-    times = [prefill_ms(model, ids, rows[0]["image"]) for _ in range(22)][2:]
     return {"accuracy": accuracy["held-out"], "never-seen": accuracy["never-seen"],
-            "operations": count.total() - count["encoder"] - count["projector"], "encoder": count["encoder"],
-            "prefill_ms": statistics.median(times),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+            "operations": count.total() - count["encoder"] - count["projector"], "encoder": count["encoder"]}
+
+
+def model_of(asked: Asked, folder: Path) -> EEMLLM:
+    model = load(folder, "cpu", visual_path=asked.path).eval()
+    return at_size(model, asked.size) if asked.size else model
+
+
+def prompt_of(model: EEMLLM, question: str) -> list[int]:
+    return encode_prompt(model.tokenizer, "<image>\n" + question, model.config.chat_template)
 
 
 @torch.inference_mode()
-def prefill_ms(model, ids: list[int], image) -> float:
-    start = time.perf_counter()
-    model.logits(ids, [image])
-    return 1000 * (time.perf_counter() - start)
+def time_prefills(out: Path) -> dict[str, float]:
+    """"row, column" of the paths' table -> milliseconds from a picture and a question to the first token's scores.
+    Paths take turns, so that a machine with other work on it disturbs all alike; the median of 50 turns."""
+    models = {place: model_of(asked, out / asked.job.name / "finetune") for place, asked in lines_of("paths", 0).items()}
+    times: dict[str, list[float]] = {}
+    for turn in range(52):
+        for (row, column), model in models.items():
+            e = exam(WorldConfig(model.config.vision.image_size), "held-out", 1)[0]
+            ids = prompt_of(model, e.question)
+            start = time.perf_counter()
+            model.logits(ids, [e.picture])
+            if turn > 1:
+                times.setdefault(f"{row}, {column}", []).append(1000 * (time.perf_counter() - start))
+    return {place: round(statistics.median(found), 2) for place, found in times.items()}
 
 
-def at_size(model, size: int):
+def at_size(model: EEMLLM, size: int) -> EEMLLM:
     """The model with its position table stretched to larger pictures (bicubic), as is usual where none was trained."""
     vision = dataclasses.replace(model.config.vision, image_size=size, min_image_size=size)
     table, old, new = model.vision.position_embedding, model.config.vision.grid_size, vision.grid_size
@@ -156,30 +168,36 @@ def at_size(model, size: int):
 
 
 class Results:
-    """A JSON file: settings, and a line a run."""
+    """A JSON file: settings, a line a run, and the paths' times."""
 
     def __init__(self, file: Path, settings: dict):
-        self.file = file
-        self.data = json.loads(file.read_text()) if file.exists() else {"settings": settings, "runs": {}}
+        self.file, self.data = file, {"settings": settings, "runs": {}, "prefill_ms": {}}
+        self.read()
         if self.data["settings"] != settings:
             raise UserError(f"{file} holds results of {self.data['settings']}, not {settings}: give another --results")
+
+    def read(self):
+        if self.file.exists():
+            self.data = json.loads(self.file.read_text())
 
     @property
     def runs(self) -> dict[str, dict]:
         return self.data["runs"]
 
-    def add(self, name: str, result: dict):
-        self.runs[name] = result
+    def add(self, part: str, result: dict):
+        """Adds to a part of the file what another command, at work on another table, may have added to meanwhile."""
+        self.read()
+        self.data[part] |= result
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_aside(self.file, json.dumps(self.data, indent=1).encode())
 
 
 # ---- tables ----
 
-def spread(values: list[float], digits: int = 1) -> str:
+def spread(values: list[float]) -> str:
     """mean +- half the range"""
     half = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values):,.{digits}f}" + (f" ± {half:,.{digits}f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
 
 
 def draw(table: str, results: Results, seeds: int) -> list[str]:
@@ -189,7 +207,7 @@ def draw(table: str, results: Results, seeds: int) -> list[str]:
         for place, asked in lines_of(table, seed).items():
             cells.setdefault(place, []).extend([results.runs[asked.name]] if asked.name in results.runs else [])
     rows, columns = dict.fromkeys(row for row, _ in cells), dict.fromkeys(column for _, column in cells)
-    more = " | operations : llava | prefill, ms" if table == "paths" else ""
+    more = " | operations | prefill, ms" if table == "paths" else ""
     lines = ["| | " + " | ".join(f"{column}: accuracy{more}" for column in columns) + " |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for row in rows:
@@ -198,8 +216,8 @@ def draw(table: str, results: Results, seeds: int) -> list[str]:
             found, llava = cells[row, column], cells.get(("llava", column))
             line.append(spread([r["accuracy"] for r in found]) if found else "")
             if table == "paths":
-                line += ([f"{found[0]['operations'] / llava[0]['operations']:.2f}" if llava else "",
-                          spread([r["prefill_ms"] for r in found])] if found else ["", ""])
+                line.append(f"{found[0]['operations'] / llava[0]['operations']:.2f}" if found and llava else "")
+                line.append(f"{results.data['prefill_ms'].get(f'{row}, {column}', '')}")
         lines.append(f"| {row} | " + " | ".join(line) + " |")
     return lines
 
@@ -227,7 +245,7 @@ def main(argv: list[str] | None = None):
     add("--results", type=Path, default=Path(__file__).parent / "assets/tables.json", metavar="FILE")
     add("--seeds", type=int, default=3)
     add("--pretrain-steps", type=int, default=300)
-    add("--finetune-steps", type=int, default=2000)
+    add("--finetune-steps", type=int, default=800)
     add("--questions", type=int, default=700, help="of each split (700)")
     add("--draw", action="store_true", help="print what there is, train nothing")
     args = parser.parse_args(argv)
@@ -239,7 +257,9 @@ def main(argv: list[str] | None = None):
         for asked in (asked for group in every for asked in group):
             if asked.name not in results.runs and not args.draw:
                 print(f"\n{asked.name}", flush=True)
-                results.add(asked.name, score(asked, train_job(asked.job, args), args.questions))
+                results.add("runs", {asked.name: score(asked, train_job(asked.job, args), args.questions)})
+        if "paths" in tables and not args.draw:
+            results.add("prefill_ms", time_prefills(args.out))
     except Stopped:
         print("stopped; the same command goes on")
     for table in tables:

@@ -14,7 +14,8 @@ import convert_weights
 import nanoeemllm
 from convert_weights import llama_config
 from nanoeemllm import checkpoint
-from nanoeemllm.config import PRESETS, UserError, VisualPathConfig, run_command
+from nanoeemllm.command_line import run_command
+from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
 from nanoeemllm.image import prepare_image
 from tests.make_golden import GOLDEN, SIZES, STRIDE, picture
 

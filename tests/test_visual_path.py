@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from layouts import HAND_MADE, random_layout, random_samples, rows_of, seeded
-from nanoeemllm.config import (LlamaConfig, ModelConfig, UserError, VisionConfig, VisualPathConfig,
-                               add_visual_path_flags, visual_path_from)
+from nanoeemllm.command_line import add_visual_path_flags, visual_path_from
+from nanoeemllm.config import LlamaConfig, ModelConfig, UserError, VisionConfig, VisualPathConfig
 from nanoeemllm.decoder import Decoder, KVCache
 from nanoeemllm.layout import build_layout
 from nanoeemllm.visual_path import learns_in_pretrain
