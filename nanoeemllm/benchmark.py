@@ -1,12 +1,13 @@
 """Benchmark files: questions read from a TSV, answers kept as JSON lines.
 
-    TSV           rows of a file of any size, one in memory at a time
-    detect        which metric a benchmark is scored by
-    Predictions   answers on disk, so that an interrupted run goes on where it was
+    TSV                             rows of a file of any size, one in memory at a time
+    detect                          which metric a benchmark is scored by
+    read_answers, write_answers     answers on disk, so that an interrupted run goes on where it was
 """
 
 import ast
 import csv
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -31,7 +32,7 @@ class TSV:
         """limit: the first rows alone. images: folder that image_path is relative to, by default the file's own."""
         csv.field_size_limit(MAX_RECORD)
         self.path, self.images = path, images or path.parent
-        self.offsets, self.numbers, self.duplicates = [], {}, set()
+        self.offsets, self.numbers = [], {}                   # where rows begin; index -> the first row that has it
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         records = self._records(0)
@@ -45,16 +46,11 @@ class TSV:
         column = self.columns.index("index")
         with tqdm(total=path.stat().st_size, desc="reading the index", unit="B", unit_scale=True, leave=False,
                   disable=quiet or None) as bar:
-            for offset, cells in records:
-                if limit is not None and len(self.offsets) >= limit:
-                    break
-                bar.update(offset - bar.n)
+            for offset, cells in itertools.islice(records, limit):
                 index = cells[column].strip() if len(cells) > column else ""
-                if index in self.numbers:
-                    self.duplicates.add(len(self.offsets))
-                else:
-                    self.numbers[index] = len(self.offsets)
+                self.numbers.setdefault(index, len(self.offsets))
                 self.offsets.append(offset)
+                bar.update(offset - bar.n)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -63,8 +59,9 @@ class TSV:
         row = self._cells(i)
         if "bad" in row:
             return row
-        if i in self.duplicates:
-            return row | {"bad": f"index {row['index']} is that of row {self.numbers[row['index'].strip()] + 1} too"}
+        first = self.numbers[row["index"].strip()]
+        if first != i:
+            return row | {"bad": f"index {row['index']} is that of row {first + 1} too"}
         image = row.get("image", "").strip()
         if 0 < len(image) <= REFERENCE:
             holder = self.numbers.get(image)
@@ -88,30 +85,26 @@ class TSV:
 
     def _records(self, offset: int) -> Iterator[tuple[int, list[str]]]:
         """(where it begins, cells) for every record from offset on; quoted cells may hold newlines and tabs."""
-        start = end = offset
-
         def lines():
-            nonlocal end
-            with open(self.path, "rb") as file:
-                file.seek(offset)
-                while line := file.readline(MAX_RECORD + 1):
-                    end += len(line)
-                    if end - start > MAX_RECORD:
-                        raise UserError(f"{self.path}: the row at byte {start} is over {MAX_RECORD >> 20} MB long: "
-                                        "is a quote opened there that is never closed?")
-                    yield line.decode("utf-8", "surrogateescape")
+            while line := file.readline(MAX_RECORD + 1):
+                if file.tell() - start > MAX_RECORD:
+                    raise UserError(f"{self.path}: the row at byte {start} is over {MAX_RECORD >> 20} MB long: "
+                                    "is a quote opened there that is never closed?")
+                yield line.decode("utf-8", "surrogateescape")
 
-        reader = csv.reader(lines(), delimiter="\t")
-        while True:
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:                            # the reader goes on behind such a line
-                cells = [f"({error})"]
-            if cells:
-                yield start, cells
-            start = end
+        with open(self.path, "rb") as file:
+            start = file.seek(offset)
+            reader = csv.reader(lines(), delimiter="\t")
+            while True:
+                try:
+                    cells = next(reader, None)
+                except csv.Error as error:                        # the reader goes on behind such a line
+                    cells = [f"({error})"]
+                if cells is None:
+                    return
+                if cells:
+                    yield start, cells
+                start = file.tell()
 
 
 def as_list(text: str) -> list[str]:
@@ -135,43 +128,38 @@ def detect(name: str, columns: list[str]) -> str:
     return "multiple-choice" if {"A", "B"} <= set(columns) else "exact"
 
 
-class Predictions:
-    """Records as JSON lines, a file a process, each headed by the settings under which they were made."""
-
-    def __init__(self, folder: Path, settings: dict):
-        """Raises UserError if the folder holds answers that were made under other settings."""
-        self.folder, self.settings = folder, json.loads(json.dumps(settings))
-
-    def read(self) -> dict[int, dict]:
-        """row -> record, of all processes."""
-        records = {}
-        for path in sorted(self.folder.glob("predictions-*.jsonl")):
-            try:
-                lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]    # the last may be torn off
-            except ValueError as error:
-                raise UserError(f"{path} is damaged ({error}): remove it, its rows will be asked again") from None
-            other = [key for key, value in self.settings.items() if lines and lines[0].get(key) != value]
-            if other:
-                raise UserError(f"{path} was made with " + ", ".join(f"{key} {lines[0].get(key)!r}" for key in other)
-                                + ", not " + ", ".join(repr(self.settings[key]) for key in other)
-                                + ": remove it, or give another folder with --out")
-            records.update((record["row"], record) for record in lines[1:] if record["row"] not in records)
-        return records
-
-    def write(self, rank: int, records: Iterable[dict]) -> Iterator[dict]:
-        """Appends, passing the records on."""
-        path = self.folder / f"predictions-{rank}.jsonl"
+def read_answers(folder: Path, settings: dict) -> dict[int, dict]:
+    """row -> record, of all processes. Raises UserError for answers that were made under other settings."""
+    records = {}
+    for path in sorted(folder.glob("predictions-*.jsonl")):
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "a+b") as file:
-                file.seek(0)
-                whole = file.read().rfind(b"\n") + 1
-                file.truncate(whole)                                # the end was being written when the run ended
-                if not whole:
-                    file.write(json.dumps(self.settings).encode() + b"\n")
-                for record in records:
-                    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-                    file.flush()
-                    yield record
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
+            lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]        # the last may be torn off
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): remove it, its rows will be asked again") from None
+        before = lines[0] if lines else settings
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            raise UserError(f"{path} was made with " + ", ".join(f"{key} {before.get(key)!r}" for key in changed)
+                            + ", not " + ", ".join(repr(settings[key]) for key in changed)
+                            + ": remove it, or give another folder with --out")
+        for record in lines[1:]:
+            records.setdefault(record["row"], record)
+    return records
+
+
+def write_answers(path: Path, settings: dict, records: Iterable[dict]) -> Iterator[dict]:
+    """Adds records to a process's file, a line of JSON each behind one of settings, and passes them on."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as file:
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)                                    # the end was being written when the run ended
+            if not whole:
+                file.write(json.dumps(settings).encode() + b"\n")
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                yield record
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -8,71 +8,49 @@ samples find this ratio under a threshold, in the layers from 2 on. The threshol
 heads a layer on the average. The choice goes into the folder's config.json: `--visual-path yopo` then uses it.
 """
 
-import dataclasses
-import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from nanoeemllm.checkpoint import read_json
-from nanoeemllm.config import ModelConfig, UserError, VisualPathConfig
-from nanoeemllm.run import write_aside
-from nanoeemllm.visual_path import LlavaPath
+from nanoeemllm.config import UserError
 
-_ROWS = 256                                                  # queries whose scores are in memory at once
+ROWS = 256                                                   # queries whose scores are in memory at once
 FIRST = 2                                                    # layers in which no head is pruned
-
-
-class MeasuringPath(LlavaPath):
-    """llava, which notes each layer's ratios of one sample, (H,)."""
-
-    def __init__(self):
-        self.ratios: list[Tensor] = []
-
-    def __call__(self, layer, rows: Tensor, nothing: Tensor, ctx) -> tuple[Tensor, Tensor]:
-        h = layer.input_layernorm(rows)
-        q, (k, _) = layer.self_attn.queries(h, ctx.rope_merged), layer.self_attn.keys_values(h, ctx.rope_merged)
-        is_visual = ctx.layout.merge >= len(ctx.layout.text.position)
-        self.ratios.append(ratio(q, k.repeat_interleave(layer.self_attn.group, dim=1), is_visual))
-        return super().__call__(layer, rows, nothing, ctx)
 
 
 def ratio(q: Tensor, k: Tensor, is_visual: Tensor) -> Tensor:
     """One sample's q, k (N, H, D) in the order of their positions -> attention to visual keys / to text keys, (H,)."""
-    mass = q.new_zeros(2, q.shape[1], dtype=torch.float32)
-    for first in range(0, len(q), _ROWS):
-        scores = torch.einsum("qhd,khd->hqk", q[first:first + _ROWS].float(), k.float()) * q.shape[-1] ** -0.5
-        later = torch.arange(len(k), device=q.device) > torch.arange(len(q), device=q.device)[first:first + _ROWS, None]
+    mass = torch.zeros(2, q.shape[1], device=q.device)
+    place = torch.arange(len(q), device=q.device)
+    for first in range(0, len(q), ROWS):
+        scores = torch.einsum("qhd,khd->hqk", q[first:first + ROWS].float(), k.float()) * q.shape[-1] ** -0.5
+        later = place > place[first:first + ROWS, None]
         weights = scores.masked_fill(later, float("-inf")).softmax(-1).sum(1)                     # (H, keys)
         mass += torch.stack([weights[:, is_visual].sum(-1), weights[:, ~is_visual].sum(-1)])
     return mass[0] / mass[1]
 
 
 @torch.inference_mode()
-def measure(model, prompts: Iterable[tuple[list[int], list]], total: int | None = None) -> Tensor:
-    """prompts: (ids, PIL pictures), one sample each -> ratios (samples, L, H). The model must have llava's weights."""
-    path, found = model.decoder.path, []
-    measuring = MeasuringPath()
-    try:
-        _set_path(model, measuring)
-        for ids, images in tqdm(prompts, "calibration", total, disable=None):
-            measuring.ratios.clear()
-            model.logits(ids, images)
-            found.append(torch.stack(measuring.ratios).cpu())
-    finally:
-        _set_path(model, path)
-    if not found:
+def measure(model, prompts: Iterable[tuple[list[int], list]]) -> Tensor:
+    """prompts: (ids, PIL pictures), one sample each -> ratios (samples, L, H). The model's visual path is llava."""
+    ratios = []
+
+    def note(layer, arguments):
+        rows, _, ctx = arguments
+        h = layer.input_layernorm(rows)
+        q, (k, _) = layer.self_attn.queries(h, ctx.rope_merged), layer.self_attn.keys_values(h, ctx.rope_merged)
+        is_visual = ctx.layout.merge >= len(ctx.layout.text.position)
+        ratios.append(ratio(q, k.repeat_interleave(layer.self_attn.group, dim=1), is_visual))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in model.decoder.layers]
+    for ids, images in prompts:
+        model.logits(ids, images)
+    for hook in hooks:
+        hook.remove()
+    if not ratios:
         raise UserError("the calibration set has no sample with a picture")
-    return torch.stack(found)
-
-
-def _set_path(model, path):
-    model.decoder.path = path
-    for layer in model.decoder.layers:
-        layer.path = path
+    return torch.stack(ratios).unflatten(0, (-1, len(hooks))).cpu()
 
 
 def choose_heads(ratios: Tensor, pruned: int) -> tuple[tuple[tuple[int, ...], ...], float]:
@@ -89,10 +67,3 @@ def choose_heads(ratios: Tensor, pruned: int) -> tuple[tuple[tuple[int, ...], ..
     keep[:FIRST] = True
     keep[torch.arange(L), vote.argmax(1)] = True
     return tuple(tuple(row.nonzero().flatten().tolist()) for row in keep), threshold
-
-
-def write_heads(folder: Path, path: VisualPathConfig):
-    """Puts a visual path into the model folder's config.json, and changes nothing else."""
-    config = ModelConfig.from_dict(read_json(folder / "config.json"))
-    config = dataclasses.replace(config, visual_path=path)
-    write_aside(folder / "config.json", json.dumps(config.to_dict(), indent=2).encode())

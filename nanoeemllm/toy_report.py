@@ -6,7 +6,10 @@
     likeliest word   the answer that is most often right for that kind of question
 """
 
-from nanoeemllm.evaluate import compare, evaluate_rows, majority, shuffled
+from collections import Counter
+
+from nanoeemllm.evaluate import evaluate_rows, table
+from nanoeemllm.metrics import GROUPS, summarize
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import encode_prompt
 from nanoeemllm.toy import WorldConfig, exam
@@ -22,6 +25,34 @@ def score(model: EEMLLM, world: WorldConfig, questions: int = 700) -> dict[str, 
             "never-seen": evaluate_rows(model, rows["never-seen"]),
             "other picture": evaluate_rows(model, shuffled(rows["held-out"])),
             "likeliest word": majority(rows["held-out"])}
+
+
+def shuffled(rows: list[dict]) -> list[dict]:
+    """The same questions, each about the next picture."""
+    pictures = list({id(row["image"]): row["image"] for row in rows}.values())
+    after = {id(picture): pictures[(i + 1) % len(pictures)] for i, picture in enumerate(pictures)}
+    return [row | {"image": after[id(row["image"])]} for row in rows]
+
+
+def majority(rows: list[dict]) -> dict:
+    """Scores of always saying what is most often right in the row's category."""
+    right: dict[str, Counter] = {}
+    for row in rows:
+        right.setdefault(row["category"], Counter())[row["answer"]] += 1
+    said = {category: answers.most_common(1)[0][0] for category, answers in right.items()}
+    return summarize("exact", [row | {"score": float(said[row["category"]] == row["answer"])} for row in rows])
+
+
+def compare(results: dict[str, dict]) -> str:
+    """Several results over the same kinds of rows, side by side: the first number of each."""
+    lines = {}
+    for name, result in results.items():
+        groups = {"overall": result["overall"]}
+        for column in GROUPS:
+            groups |= result.get(column, {})
+        for label, numbers in groups.items():
+            lines.setdefault(label, {})[name] = next(iter(numbers.values()))
+    return table(lines)
 
 
 def show(model: EEMLLM, world: WorldConfig, results: dict[str, dict], answers: int = 7):

@@ -14,10 +14,11 @@ import tokenizers
 from PIL import Image
 
 from nanoeemllm import evaluate
-from nanoeemllm.benchmark import TSV, Predictions, as_list, detect
+from nanoeemllm.benchmark import TSV, as_list, detect, read_answers
 from nanoeemllm.config import IMAGE_TOKEN, LlamaConfig, ModelConfig, UserError, VisionConfig
-from nanoeemllm.evaluate import answers, compare, evaluate_rows, majority, prompt_of, shuffled, table
+from nanoeemllm.evaluate import answers, evaluate_rows, prompt_of, table
 from nanoeemllm.prompt import Tokenizer
+from nanoeemllm.toy_report import compare, majority, shuffled
 
 CONFIG = ModelConfig(LlamaConfig(vocab_size=258, max_position_embeddings=600), VisionConfig(image_size=28))
 
@@ -177,7 +178,8 @@ def test_rows_in_memory():
     assert compare({"model": result, "majority": control}).splitlines() == [
         "         model  majority", "overall  100.0      75.0", "one      100.0      50.0", "two      100.0     100.0",
         "colour   100.0      75.0"]
-    assert table(result).splitlines()[0].split() == ["accuracy", "rows"]
+    assert table({"overall": result["overall"], "more": {"F1": 1}}).splitlines() == [
+        "         accuracy  rows  F1", "overall     100.0     4", "more                      1"]
 
 
 def test_batches_are_filled_by_cost():
@@ -352,7 +354,7 @@ def test_the_whole_command_on_a_real_model_split_over_processes(tmp_path):
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "exact over 9 of 9 rows" in done.stdout
-    found = [Predictions(tmp_path / name, {}).read() for name in "12"]
+    found = [read_answers(tmp_path / name, {}) for name in "12"]
     assert len(list((tmp_path / "2").glob("predictions-*.jsonl"))) == 2
     assert found[0] == found[1] and set(found[0]) == set(range(1, 10))
 
