@@ -41,12 +41,10 @@ def grade(metric: str, prediction: str, row: dict) -> tuple[str | None, float]:
     if metric in CHOICE and options_of(row):
         read = read_choice(prediction, options_of(row))
         return read, float(read == references[0].strip())
-    if metric in CHOICE:
-        return prediction, open_answer(prediction, references)
     if metric == "ocrbench":
         return prediction, contains_answer(prediction, references, row.get("category", ""))
-    return prediction, {"exact": exact_match, "vqa": vqa_accuracy, "anls": anls, "relaxed": relaxed_accuracy}[metric](
-        prediction, references)
+    score = {"exact": exact_match, "vqa": vqa_accuracy, "anls": anls, "relaxed": relaxed_accuracy}
+    return prediction, score.get(metric, open_answer)(prediction, references)       # open: a choice without options
 
 
 def options_of(row: dict) -> dict[str, str]:
@@ -106,12 +104,14 @@ def open_answer(prediction: str, references: Iterable[str]) -> float:
     said, compared after rounding to two places; words must stand in the answer. The script first cuts key phrases
     out of long reasoning; the prompt asks for a word or phrase, so the whole answer is taken."""
     said = {round(float(n), 2) for n in re.findall(r"-?\d+(?:\.\d+)?", prediction.replace(",", ""))}
-    for reference in references:
+
+    def is_met(reference):
         number = _number(reference.replace(",", ""))
-        if (number is not None and round(number, 2) in said) if number is not None else (
-                _words(reference) and _holds(_words(prediction), _words(reference))):
-            return 1.0
-    return 0.0
+        if number is not None:
+            return round(number, 2) in said
+        return _words(reference) != "" and _holds(_words(prediction), _words(reference))
+
+    return float(any(map(is_met, references)))
 
 
 def vqa_accuracy(prediction: str, references: list[str]) -> float:
@@ -149,12 +149,13 @@ def levenshtein(a: str, b: str) -> int:
 def relaxed_accuracy(prediction: str, references: Iterable[str]) -> float:
     """ChartQA (Masry et al. 2022, section 5.1): a number may be 5% off, all else must be the same text, case ignored.
     "12%" is 0.12, and 0 must be met as text, as in the script that the field shares (Pix2Struct's)."""
-    said = prediction.strip()
-    for reference in map(str.strip, references):
-        a, b = _number(said), _number(reference)
-        if (abs(a - b) <= 0.05 * abs(b)) if a is not None and b else said.lower() == reference.lower():
-            return 1.0
-    return 0.0
+    def is_met(reference):
+        said, meant = _number(prediction.strip()), _number(reference.strip())
+        if said is not None and meant:
+            return abs(said - meant) <= 0.05 * abs(meant)
+        return prediction.strip().lower() == reference.strip().lower()
+
+    return float(any(map(is_met, references)))
 
 
 def _number(text: str) -> float | None:
@@ -243,11 +244,12 @@ def _percent(scores: Iterable[float]) -> float:
     return 100 * sum(scores) / len(scores) if scores else 0.0
 
 
-def _all_right(records: Iterable[dict], key) -> dict[object, bool]:
-    groups = defaultdict(lambda: True)
+def _percent_whole(records: Iterable[dict], key) -> float:
+    """Of the groups of records with the same key: those in which every answer is right, in percent."""
+    groups = defaultdict(list)
     for record in records:
-        groups[key(record)] &= record["score"] == 1
-    return groups
+        groups[key(record)].append(record["score"] == 1)
+    return _percent(map(all, groups.values()))
 
 
 def circular(records: list[dict]) -> dict[str, float]:
@@ -259,8 +261,8 @@ def circular(records: list[dict]) -> dict[str, float]:
     question = lambda r: int(r["index"]) % 1_000_000
     times = Counter(map(question, records))
     asked_for = {question(r): r.get("options", 1) for r in records}
-    return {"accuracy": _percent(_all_right(records, question).values()), "questions": len(times),
-            "rows": len(records), "cut": sum(n < asked_for[q] for q, n in times.items())}
+    return {"accuracy": _percent_whole(records, question), "questions": len(times), "rows": len(records),
+            "cut": sum(n < asked_for[q] for q, n in times.items())}
 
 
 MME_PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork",
@@ -272,8 +274,8 @@ def mme(records: list[dict]) -> dict[str, float]:
     """MME (Fu et al. 2023, section 2.2): accuracy over questions; accuracy+ over pictures, both of whose two questions
     must be right; a category's score is their sum, at most 200. A picture with one question alone has no accuracy+."""
     questions = Counter(r["picture"] for r in records)
-    whole = _all_right((r for r in records if questions[r["picture"]] > 1), lambda r: r["picture"])
-    accuracy, plus = _percent(r["score"] for r in records), _percent(whole.values())
+    plus = _percent_whole((r for r in records if questions[r["picture"]] > 1), lambda r: r["picture"])
+    accuracy = _percent(r["score"] for r in records)
     return {"score": accuracy + plus, "accuracy": accuracy, "accuracy+": plus, "rows": len(records)}
 
 
@@ -289,10 +291,12 @@ def mme_totals(records: list[dict]) -> dict[str, float]:
 def hallusion(records: list[dict]) -> dict[str, float]:
     """HallusionBench (Guan et al. 2023): aAcc over questions; fAcc over figures, qAcc over questions that are asked of
     several figures: all right. The index ends in ..._set_figure_question; sets are counted within a subcategory."""
-    def key(which):
-        return lambda r: (r.get("l2-category"), r["index"].split("_")[-3], r["index"].split("_")[which])
-    return {"aAcc": _percent(r["score"] for r in records), "fAcc": _percent(_all_right(records, key(-2)).values()),
-            "qAcc": _percent(_all_right(records, key(-1)).values()), "rows": len(records)}
+    def part(record, which):
+        parts = record["index"].split("_")
+        return record.get("l2-category"), parts[-3], parts[which]
+
+    return {"aAcc": _percent(r["score"] for r in records), "fAcc": _percent_whole(records, lambda r: part(r, -2)),
+            "qAcc": _percent_whole(records, lambda r: part(r, -1)), "rows": len(records)}
 
 
 def pope(records: list[dict]) -> dict[str, float]:

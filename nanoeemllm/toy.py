@@ -27,7 +27,6 @@ import io
 import json
 import math
 import random
-import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tqdm import tqdm
 
+from nanoeemllm.command_line import run_command
 from nanoeemllm.config import UserError
 
 GROUND = (255, 255, 255)
@@ -321,8 +321,8 @@ def export_llava(world: WorldConfig, folder: Path, n: int, split: str = "train")
         data = []
         for item in tqdm(map(ToyDataset(world, split, kind).__getitem__, range(n)), name, total=n, leave=False):
             file = f"{item['id']}.png"
-            item.pop("image").save(folder / "images" / file)
-            data.append({"id": item["id"], "image": file, "conversations": item["conversations"]})
+            item["image"].save(folder / "images" / file)
+            data.append(item | {"image": file})
         (folder / f"{name}.json").write_text(json.dumps(data, indent=1))
 
 
@@ -370,17 +370,16 @@ def main():
     parser.add_argument("--hardness", type=int, default=WorldConfig.hardness)
     parser.add_argument("--seed", type=int, default=WorldConfig.seed)
     args = parser.parse_args()
+    world = WorldConfig(args.picture_size, args.max_things, args.hardness, args.seed)
     try:
-        world = WorldConfig(args.picture_size, args.max_things, args.hardness, args.seed)
         if args.export:
             export_llava(world, args.export, args.n, args.split or "train")
         else:
             export_tsv(world, args.export_tsv, args.n, args.split or "held-out")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        raise UserError(error) from None
     print(f"wrote {args.export or args.export_tsv}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
