@@ -158,7 +158,8 @@ def write_answers(path: Path, settings: dict, records: Iterable[dict]) -> Iterat
             if not whole:
                 file.write(json.dumps(settings).encode() + b"\n")
             for record in records:
-                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                line = json.dumps(record, ensure_ascii=False) + "\n"
+                file.write(line.encode(errors="replace"))           # an index that is not UTF-8
                 file.flush()
                 yield record
     except OSError as error:

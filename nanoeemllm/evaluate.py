@@ -132,7 +132,7 @@ def prepare(model, row: dict, metric: str, max_new_tokens: int) -> Asked:
     tokens = len(ids) - len(images) + sum(h * w for h, w in grids) + max_new_tokens
     if tokens > model.config.llama.max_position_embeddings:
         raise UserError(f"{tokens} tokens, {max_new_tokens} new ones among them, do not fit the model's context of "
-                     f"{model.config.llama.max_position_embeddings}")
+                        f"{model.config.llama.max_position_embeddings}")
     row = row | {"answer": as_list(row["answer"])}
     if metric == "mme":
         row["picture"] = str(row.get("image_path") or hashlib.md5(images[0].tobytes()).hexdigest())
@@ -219,6 +219,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("limit", "max_new_tokens", "batch_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if args.dtype is None and args.device.startswith("cuda"):
+        args.dtype = "bfloat16"
     return args
 
 
@@ -233,16 +238,12 @@ def main(argv: list[str] | None = None):
     if not len(tsv):
         raise UserError(f"{args.tsv} has no rows under its first line")
     metric = args.metric or detect(args.tsv.stem, tsv.columns)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.calibrate_heads:
-        return calibrate_heads(args, tsv, metric, device, path)
+        return calibrate_heads(args, tsv, metric, path)
     settings = {
         "weights": str(args.weights.resolve()), "written": (args.weights / "config.json").stat().st_mtime,
         "tsv": str(args.tsv.resolve()), "tsv_bytes": args.tsv.stat().st_size, "metric": metric,
-        "visual_path": describe(path), "max_new_tokens": args.max_new_tokens,
-        "dtype": args.dtype or ("bfloat16" if device.startswith("cuda") else "as stored")}
+        "visual_path": describe(path), "max_new_tokens": args.max_new_tokens, "dtype": args.dtype or "as stored"}
     name = args.tsv.stem + (f"-{args.visual_path}" if args.visual_path else "")
     folder = args.out or args.weights / "eval" / name
 
@@ -256,9 +257,9 @@ def main(argv: list[str] | None = None):
         print(f"{len(tsv) - len(todo)} of {len(tsv)} rows are answered in {folder} already")
     todo = todo[rank::world]
     if todo:
-        model = open_model(args, device, path)
+        model = open_model(args, path)
         asked = answers(model, (tsv[i] for i in todo), metric, args.max_new_tokens, args.batch_tokens)
-        with tqdm(total=len(todo), desc=f"{args.tsv.stem} ({metric})", disable=None if rank == 0 else True) as bar:
+        with tqdm(total=len(todo), desc=f"{args.tsv.stem} ({metric})", disable=rank > 0 or None) as bar:
             right, scored = 0.0, 0
             for record in write_answers(folder / f"predictions-{rank}.jsonl", settings, asked):
                 right, scored = right + record.get("score", 0), scored + ("bad" not in record)
@@ -278,23 +279,22 @@ def describe(path: VisualPathConfig) -> str:
     return " ".join([path.name, *(f"{key}={value}" for key, value in vars(path).items() if value != usual[key])])
 
 
-def open_model(args, device: str, path: VisualPathConfig):
+def open_model(args, path: VisualPathConfig):
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device}: this machine has none; leave it out, or give cpu") from None
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else None)
-    model = load(args.weights, device, dtype and getattr(torch, dtype), path).eval()
-    if device == "cpu" and args.dtype is None and model.dtype == torch.float16:
+        raise UserError(f"--device {args.device}: this machine has none; leave it out, or give cpu") from None
+    model = load(args.weights, args.device, args.dtype and getattr(torch, args.dtype), path).eval()
+    if args.device == "cpu" and args.dtype is None and model.dtype == torch.float16:
         model.float()                                               # CPUs have no fast float16
     return model
 
 
-def calibrate_heads(args, tsv: TSV, metric: str, device: str, path: VisualPathConfig):
+def calibrate_heads(args, tsv: TSV, metric: str, path: VisualPathConfig):
     """Chooses the heads on these rows and writes them into the model folder."""
     if not path.prune_heads:
         raise UserError("--calibrate-heads: say how many heads a layer to prune on the average with --prune-heads N")
-    model = open_model(args, device, VisualPathConfig("llava"))
+    model = open_model(args, VisualPathConfig("llava"))
 
     def prompts():
         for i in tqdm(range(len(tsv)), "calibration", disable=None):

@@ -14,7 +14,7 @@ import tokenizers
 from PIL import Image
 
 from nanoeemllm import evaluate
-from nanoeemllm.benchmark import TSV, as_list, detect, read_answers
+from nanoeemllm.benchmark import TSV, as_list, detect, read_answers, write_answers
 from nanoeemllm.config import IMAGE_TOKEN, LlamaConfig, ModelConfig, UserError, VisionConfig
 from nanoeemllm.evaluate import answers, evaluate_rows, prompt_of, table
 from nanoeemllm.prompt import Tokenizer
@@ -232,6 +232,11 @@ def test_not_utf_8_and_stray_carriage_returns_spoil_their_own_row_alone(tmp_path
     path.write_bytes(lines[0] + lines[1].replace(b"Which", b"\xff") + lines[2].replace(b"Which", b"Wh\rich") + lines[3])
     tsv = TSV(path)
     assert tsv[0]["bad"] == "not UTF-8" and "cells under" in tsv[1]["bad"] and "bad" not in tsv[2]
+
+    path.write_bytes(lines[0] + b"\xff" + lines[1])
+    record, = answers(FakeModel(None), [TSV(path)[0]], "multiple-choice")
+    list(write_answers(tmp_path / "predictions-0.jsonl", {}, [record]))
+    assert read_answers(tmp_path, {})[1] == {"row": 1, "index": "?0", "bad": "not UTF-8"}
 
 
 def test_several_pictures_and_paths(tmp_path):
