@@ -9,8 +9,8 @@ Everything is a function of (world seed, split, index) and is drawn on the fly; 
     never-seen   every thing is a combination of colour and shape that no training picture and no training text has
 
 Captions are worded in two orders, by thing ("the cat is red at top-left.") and by place ("at top-left a red cat.").
-Both are needed: a model learns to look things up by what was named first, and hardly any other way. Answers begin with the
-word that is looked up ("top-left", not "at the top-left"): two words later it took several times as long to learn.
+Both are needed: a model learns to look things up by what was named first, and hardly any other way. Answers begin with
+the word that is looked up ("top-left", not "at the top-left"): two words later it took several times as long to learn.
 
 The ground is white and so is the mean of the tiny encoder's normalisation: pixels are 0 on the ground and negative,
 whatever the colour, on a thing. So a shape is seen in a colour it never had in training (on middle grey it was not).
