@@ -14,6 +14,7 @@ import atexit
 import bisect
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import multiprocessing
@@ -216,7 +217,12 @@ class Plan:
     def steps(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(step, indices of its samples, their costs): range of cost by range of cost, falling."""
         windows, same_windows = itertools.tee(self._windows(start, stop))
-        for (first, count, order), costs in zip(windows, self._measure(order for _, _, order in same_windows)):
+        orders = (order for _, _, order in same_windows)
+        if self.cost is None:
+            measured = (np.ones(len(order)) for order in orders)
+        else:                                                                # a worker is one or two windows ahead
+            measured = _background(functools.partial(_costs, self.data, self.cost), orders, min(1, self.workers))
+        for (first, count, order), costs in zip(windows, measured):
             rng = np.random.default_rng([self.seed, len(self.data), first])
             for step, chosen in enumerate(_equal_steps(costs, count, rng), start=first):
                 if start <= step < stop:
@@ -233,12 +239,6 @@ class Plan:
             end = min(within + WINDOW, self.steps_per_epoch)
             yield step, end - within, order[within * size + min(within, larger):end * size + min(end, larger)]
             step += end - within
-
-    def _measure(self, windows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """Costs of every window's samples; a process of its own works one or two windows ahead."""
-        if self.cost is None:
-            return (np.ones(len(window)) for window in windows)
-        return _background(_Costs(self.data, self.cost), (window.tolist() for window in windows), min(1, self.workers))
 
 
 def _equal_steps(costs: np.ndarray, count: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -272,16 +272,16 @@ def deal(costs: np.ndarray, world: int, budget: float | None) -> list[list[list[
     heaviest = [costs[start:start + world].max() for start in range(0, len(costs), world)]
 
     most = len(costs) // world                                               # the last row may lack some ranks
-    micro_batches = min(most, math.ceil(sum(heaviest) / budget)) if budget else 1
-    while True:
+    budget = budget or math.inf
+    for micro_batches in range(max(1, min(most, math.ceil(sum(heaviest) / budget))), most + 1):
         filled, members = np.zeros(micro_batches), [[] for _ in range(micro_batches)]
         for row, weight in zip(rows, heaviest):
             lightest = filled.argmin()
             members[lightest].append(row)
             filled[lightest] += weight
-        if budget is None or filled.max() <= budget or micro_batches == most:
-            return [[sum(ranks, []) for ranks in zip(*bin_rows)] for bin_rows in members]
-        micro_batches += 1
+        if filled.max() <= budget:
+            break
+    return [[sum(ranks, []) for ranks in zip(*rows_of_one)] for rows_of_one in members]
 
 
 # ---- made in the background ----
@@ -310,8 +310,8 @@ class Loader:
     def __init__(self, plan: Plan, encode: Callable[[dict], Sample], start: int, stop: int, rank: int = 0,
                  world: int = 1, pin_memory: bool = False):
         self.waited = 0.0
-        self._batches = _background(_MicroBatches(plan.data, encode), plan.micro_batches(start, stop, rank, world),
-                                    plan.workers, pin_memory)
+        self._batches = _background(functools.partial(_pack, plan.data, encode),
+                                    plan.micro_batches(start, stop, rank, world), plan.workers, pin_memory)
 
     def __iter__(self) -> Iterator[Packed]:
         while True:
@@ -323,56 +323,48 @@ class Loader:
             yield packed
 
 
-@dataclasses.dataclass
-class _MicroBatches:
-    """MicroBatch -> Packed, in a worker. A sample that cannot be used is left out and reported."""
-    data: Mixture
-    encode: Callable[[dict], Sample]
-
-    def __getitems__(self, micro_batch: MicroBatch) -> Packed:
-        samples, bad = [], []
-        for index in micro_batch.indices:
-            key = f"sample {index}"
-            try:
-                conversation = self.data[index]
-                key = str(conversation["id"])
-                samples.append(self.encode(conversation))
-            except UserError as error:
-                bad.append((key, str(error)))
-            except Exception as error:             # one odd sample in a million must not end a run of days
-                bad.append((key, f"{type(error).__name__}: {error}"))
-        keys, cut = [sample.key for sample in samples], sum(sample.cut for sample in samples)
-        if not samples:                            # every rank must take part in every micro-batch
-            samples = [Sample([0], [False], [], "")]
-        return Packed(micro_batch.step, micro_batch.last, collate(samples), keys, bad, cut)
-
-
-@dataclasses.dataclass
-class _Costs:
-    """Indices -> costs, in a worker. What cannot be measured will be left out when its turn comes: it costs nothing."""
-    data: Mixture
-    cost: Callable[[dict], float]
-
-    def __getitems__(self, indices: list[int]) -> np.ndarray:
-        return np.array([self._cost(index) for index in indices])
-
-    def _cost(self, index: int) -> float:
+def _pack(data: Mixture, encode: Callable[[dict], Sample], micro_batch: MicroBatch) -> Packed:
+    """In a worker. A sample that cannot be used is left out and reported."""
+    samples, bad = [], []
+    for index in micro_batch.indices:
+        key = f"sample {index}"
         try:
-            return self.cost(self.data[index])
+            conversation = data[index]
+            key = str(conversation["id"])
+            samples.append(encode(conversation))
+        except UserError as error:
+            bad.append((key, str(error)))
+        except Exception as error:                 # one odd sample in a million must not end a run of days
+            bad.append((key, f"{type(error).__name__}: {error}"))
+    keys, cut = [sample.key for sample in samples], sum(sample.cut for sample in samples)
+    if not samples:                                # every rank must take part in every micro-batch
+        samples = [Sample([0], [False], [], "")]
+    return Packed(micro_batch.step, micro_batch.last, collate(samples), keys, bad, cut)
+
+
+def _costs(data: Mixture, cost: Callable[[dict], float], indices: list[int]) -> np.ndarray:
+    """In a worker. What cannot be measured will be left out when its turn comes: it costs next to nothing."""
+    def cost_of(index: int) -> float:
+        try:
+            return cost(data[index])
         except Exception:
             return 1.0
+    return np.array([cost_of(index) for index in indices])
 
 
-def _background(dataset, batches: Iterator, workers: int, pin_memory: bool = False) -> Iterator:
-    """dataset.__getitems__(batch) of every batch, in order, computed by worker processes."""
-    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is,
+class _Unread:
+    """A data set for the DataLoader whose batches are what the batch sampler gives."""
+
+    def __getitems__(self, batch):
+        return batch
+
+
+def _background(function: Callable, batches: Iterator, workers: int, pin_memory: bool = False) -> Iterator:
+    """function(batch) of every batch, in order, computed by worker processes."""
+    return iter(DataLoader(_Unread(), batch_sampler=batches, num_workers=workers, collate_fn=function,
                            pin_memory=pin_memory, worker_init_fn=_start_worker,
                            multiprocessing_context="fork" if workers else None,
                            generator=torch.Generator()))          # its own: training's random numbers stay untouched
-
-
-def _as_it_is(made):
-    return made
 
 
 def _start_worker(_):

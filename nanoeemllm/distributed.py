@@ -124,19 +124,11 @@ def spread(model: EEMLLM, group: Group, compute_dtype: torch.dtype | None = None
     model.to_empty(device=group.device)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if not stored[name].is_meta:
-                _share(p).copy_(_rows_of(stored[name], group))
+            whole = stored[name]
+            rows = -(-len(whole) // group.size)            # FSDP2 deals rows as torch.chunk does
+            if not whole.is_meta:
+                p.to_local().copy_(whole[group.rank * rows:(group.rank + 1) * rows])
     return stored
-
-
-def _share(p: Tensor) -> Tensor:
-    return p.to_local() if isinstance(p, DTensor) else p
-
-
-def _rows_of(whole: Tensor, group: Group) -> Tensor:
-    """The rows that FSDP2 gives to this process: torch.chunk's, for the last processes fewer or none."""
-    rows = -(-len(whole) // group.size)
-    return whole[group.rank * rows:(group.rank + 1) * rows]
 
 
 def save_model(model: EEMLLM, stored: dict[str, Tensor], group: Group, folder: Path):

@@ -98,12 +98,12 @@ class Seen:
         return self.loss / max(1.0, self.learned)
 
 
-def accumulate(model: EEMLLM, micro_batches: Iterable[Packed], stage: str | None) -> tuple[Seen, list[Packed]]:
+def accumulate(model: EEMLLM, micro_batches: Iterable[Packed], stage: str | None) -> tuple[Seen, list[tuple]]:
     """Adds the gradient of each micro-batch's summed loss to .grad. stage None: measures the loss and nothing else.
 
-    Returns what was seen, and the micro-batches whose loss is not finite.
+    Returns what was seen, and of every micro-batch (keys, bad samples, loss): the batches themselves are let go.
     """
-    seen, losses, packed = Seen(), [], []
+    seen, losses, samples = Seen(), [], []
     for p in micro_batches:
         try:
             loss = model(p.batch.to(model.device))
@@ -112,9 +112,12 @@ def accumulate(model: EEMLLM, micro_batches: Iterable[Packed], stage: str | None
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            raise out_of_memory(p) from error
+            raise OnOneProcess(
+                f"out of memory at step {p.step + 1}, in a micro-batch of {len(p.keys)} samples with {len(p.batch.ids):,} "
+                f"text and {len(p.batch.layout.visual.position):,} visual tokens: lower --micro-batch-tokens or "
+                "--max-length, add --checkpoint-activations, or use more GPUs; then --resume") from error
         losses.append(loss.detach())
-        packed.append(p)
+        samples.append((p.keys, p.bad))
         seen.learned += len(p.batch.targets)
         seen.tokens += len(p.batch.ids) + len(p.batch.layout.visual.position)
         seen.cut, seen.bad = seen.cut + p.cut, seen.bad + len(p.bad)
@@ -122,14 +125,7 @@ def accumulate(model: EEMLLM, micro_batches: Iterable[Packed], stage: str | None
             seen.operations += training_operations(model.config, p.batch.layout, len(p.batch.targets), stage)
     losses = torch.stack(losses).tolist()                       # the host waits for the device here, once a step
     seen.loss = sum(losses)
-    return seen, [p for p, loss in zip(packed, losses) if not math.isfinite(loss)]
-
-
-def out_of_memory(p: Packed) -> UserError:
-    return OnOneProcess(
-        f"out of memory at step {p.step + 1}, in a micro-batch of {len(p.keys)} samples with {len(p.batch.ids):,} text and "
-        f"{len(p.batch.layout.visual.position):,} visual tokens: lower --micro-batch-tokens or --max-length, add "
-        "--checkpoint-activations, or use more GPUs; then --resume")
+    return seen, [(keys, bad, loss) for (keys, bad), loss in zip(samples, losses)]
 
 
 class OnOneProcess(UserError):
@@ -195,15 +191,15 @@ def train(model: EEMLLM, load: Callable[[int], Loader], config: TrainConfig, run
                                     disable=None if group.is_first else True) as bar:
         start, waited = time.perf_counter(), 0.0
         for step, micro_batches in steps_of(loader):
-            bad = []
-            mine, not_finite = accumulate(model, _collecting(bad, micro_batches), config.stage)
+            mine, parts = accumulate(model, micro_batches, config.stage)
             mine.stop = len(caught)
             seen = mine.over(group)
             if seen.bad:
-                run.note_bad(step + 1, group.gather(bad), samples, config.batch_size, habits.max_bad)
+                bad = group.gather([sample for _, bad, _ in parts for sample in bad])
+                run.note_bad(step + 1, bad, samples, config.batch_size, habits.max_bad)
             norm = update(params, optimizer, seen.learned, group, config, step) if math.isfinite(seen.loss) else math.nan
             if not math.isfinite(norm):
-                keys = group.gather([key for p in not_finite for key in p.keys])
+                keys = group.gather([key for keys, _, loss in parts if not math.isfinite(loss) for key in keys])
                 raise UserError(f"the loss is {seen.mean_loss} and the norm of its gradient {norm} at step {step + 1}, samples "
                                 f"{', '.join(keys[:8]) or 'unknown'}: the last checkpoint stands; lower the learning rate or "
                                 "look at these samples")
@@ -245,12 +241,6 @@ def steps_of(packed: Iterable[Packed]) -> Iterator[tuple[int, Iterator[Packed]]]
 
     for first in packed:
         yield first.step, rest(first)
-
-
-def _collecting(bad: list, micro_batches: Iterable[Packed]) -> Iterator[Packed]:
-    for p in micro_batches:
-        bad += p.bad
-        yield p
 
 
 @torch.no_grad()
