@@ -17,7 +17,6 @@ number of processes too. --dry-run tells beforehand what a stage needs and costs
 import argparse
 import dataclasses
 import errno
-import functools
 import math
 import sys
 from collections.abc import Callable
@@ -134,13 +133,9 @@ def main(args: argparse.Namespace):
                 raise
             sys.exit(2)                                  # the first process tells it
     if "finetune" in stages and group.is_first and not (args.data or args.dry_run or args.show_batch):
-        report(load(args.out / "finetune", device=args.device), world)
-
-
-def report(model, world: WorldConfig):
-    """What the model has learned of the tiny world: scores beside their controls, and a few answers."""
-    from nanoeemllm import toy_report
-    toy_report.show(model, world, toy_report.score(model, world))
+        from nanoeemllm import toy_report
+        model = load(args.out / "finetune", device=args.device)
+        toy_report.show(model, world, toy_report.score(model, world))
 
 
 def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: Group):
@@ -157,11 +152,11 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: G
 
     config = folder_config(start, args, world)
     tokenizer = Tokenizer(start / "tokenizer.json") if (start / "config.json").exists() else tiny_tokenizer(config)
-    data = (your_data if args.data else tiny_data)(stage, args, world, config, tokenizer, group)
+    data = open_data(stage, args, world, config, tokenizer, group)
     if args.dry_run:
         return print(*dry_run(stage, args, config, data), sep="\n")
     if args.show_batch:
-        return print(*show_batch(next(iter(data.loader(group, 0, 1))).batch, tokenizer), sep="\n")
+        return print(*show_batch(next(iter(data.loader(data.plan, group, 0, 1))).batch, tokenizer), sep="\n")
 
     told = {"init": str(start), "visual_path": dataclasses.asdict(config.visual_path), **data.told,
             **dataclasses.asdict(data.config)}
@@ -178,8 +173,8 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: G
         for layer in model.decoder.layers:
             layer.compile(dynamic=True)
     stored = spread(model, group)
-    train(model, lambda first: data.loader(group, first, data.config.steps), data.config, run, group,
-          data.held_out and (lambda: data.held_out.loader(group, 0, data.held_out.plan.steps_per_epoch)),
+    train(model, lambda first: data.loader(data.plan, group, first, data.config.steps), data.config, run, group,
+          data.held_out and (lambda: data.loader(data.held_out, group, 0, data.held_out.steps_per_epoch)),
           Habits(args.checkpoint_every, max_bad=args.max_bad))
     save_model(model, stored, group, args.out / stage)
     run.finish()
@@ -204,57 +199,59 @@ class Data(NamedTuple):
     plan: Plan
     encode: Callable
     told: dict                  # settings of the data, for run.json
-    held_out: "Data | None" = None
+    held_out: Plan | None
 
-    def loader(self, group: Group, first: int, stop: int) -> Loader:
-        return Loader(self.plan, self.encode, first, stop, group.rank, group.size, group.device.type == "cuda")
-
-
-def tiny_data(stage: str, args, world: WorldConfig, config: ModelConfig, tokenizer: Tokenizer, group: Group) -> Data:
-    """The tiny world's, drawn on the fly; no picture is seen twice."""
-    settings = stage_config(TINY[stage], args)
-    kind = "caption" if stage == "pretrain" else "conversation"
-    make = functools.partial(_data, settings, args, config, tokenizer, told={"world": dataclasses.asdict(world)})
-    held_out = make(Mixture([ToyDataset(world, "held-out", kind, 8 * settings.batch_size)]))
-    return make(Mixture([ToyDataset(world, "train", kind, settings.steps * settings.batch_size)]), held_out=held_out)
+    def loader(self, plan: Plan, group: Group, first: int, stop: int) -> Loader:
+        return Loader(plan, self.encode, first, stop, group.rank, group.size, group.device.type == "cuda")
 
 
-def your_data(stage: str, args, world: WorldConfig, config: ModelConfig, tokenizer: Tokenizer, group: Group) -> Data:
-    """--data and --val-data. Tells what is wrong with them before the first step."""
-    def open_files(names: list[str]) -> Mixture:
-        mixture = open_mixture(names, args.images, group.is_first)
-        for source in mixture.sources:
-            if group.is_first:
-                print("\n".join(describe_problems(source)), end="\n" if source.problems else "", file=sys.stderr)
-            if len(source.problems) > args.max_bad * (len(source) + len(source.problems)):
-                raise UserError(f"{source.path}: more than {args.max_bad:.2%} cannot be used: mend them, or allow more with "
-                                "--max-bad")
-        return mixture
+def open_data(stage: str, args: argparse.Namespace, world: WorldConfig, config: ModelConfig, tokenizer: Tokenizer,
+              group: Group) -> Data:
+    """--data and --val-data, or the tiny world's, drawn on the fly, in which no picture is seen twice."""
+    if args.data:
+        mixture = open_files(args.data, args, group)
+        held_out = open_files(args.val_data, args, group) if args.val_data else None
+        settings = stage_config(stage, args, len(mixture))
+        told = {"data": args.data, "conversations": mixture.sizes, "max_length": args.max_length}
+    else:
+        settings, kind = stage_config(stage, args), "caption" if stage == "pretrain" else "conversation"
+        mixture = Mixture([ToyDataset(world, "train", kind, settings.steps * settings.batch_size)])
+        held_out = Mixture([ToyDataset(world, "held-out", kind, 8 * settings.batch_size)])
+        told = {"world": dataclasses.asdict(world)}
 
-    mixture = open_files(args.data)
-    batch_size = args.batch_size or PAPER[stage].batch_size
-    steps = max(1, round(args.epochs * max(1, len(mixture) // batch_size)))
-    settings = stage_config(dataclasses.replace(PAPER[stage], steps=steps), args)
-    make = functools.partial(_data, settings, args, config, tokenizer,
-                             told={"data": args.data, "conversations": mixture.sizes, "max_length": args.max_length})
-    return make(mixture, held_out=make(open_files(args.val_data)) if args.val_data else None)
-
-
-def _data(settings: TrainConfig, args, config: ModelConfig, tokenizer: Tokenizer, mixture: Mixture, told: dict,
-          held_out: Data | None = None) -> Data:
-    template = "plain" if settings.stage == "pretrain" else config.chat_template
+    template = "plain" if stage == "pretrain" else config.chat_template
     how = (tokenizer, template, config.vision, args.max_length or config.llama.max_position_embeddings)
     cost_of = token_cost(config)
     budget = args.micro_batch_tokens or (MICRO_BATCH_TOKENS if args.data else None)
     workers = args.workers if args.workers is not None else 4 if args.data else 0
-    plan = Plan(mixture, settings.batch_size, settings.seed,
-                (lambda conversation: cost_of(*count_tokens(conversation, *how))) if budget else None, budget, workers)
-    return Data(settings, plan, lambda conversation: encode_sample(conversation, *how), told, held_out)
+
+    def deal(mixture: Mixture) -> Plan:
+        cost = (lambda conversation: cost_of(*count_tokens(conversation, *how))) if budget else None
+        return Plan(mixture, settings.batch_size, settings.seed, cost, budget, workers)
+
+    return Data(settings, deal(mixture), lambda conversation: encode_sample(conversation, *how), told,
+                deal(held_out) if held_out else None)
 
 
-def stage_config(default: TrainConfig, args: argparse.Namespace) -> TrainConfig:
-    """A stage's settings, changed by what the command line says."""
+def open_files(names: list[str], args: argparse.Namespace, group: Group) -> Mixture:
+    """Tells what is wrong with the files before the first step."""
+    mixture = open_mixture(names, args.images, group.is_first)
+    for source in mixture.sources:
+        if group.is_first and source.problems:
+            print(*describe_problems(source), sep="\n", file=sys.stderr)
+        if len(source.problems) > args.max_bad * (len(source) + len(source.problems)):
+            raise UserError(f"{source.path}: more than {args.max_bad:.2%} cannot be used: mend them, or allow more with "
+                            "--max-bad")
+    return mixture
+
+
+def stage_config(stage: str, args: argparse.Namespace, samples: int | None = None) -> TrainConfig:
+    """The tiny world's settings, or the paper's for so many samples, changed by what the command line says."""
     given = {"steps": args.steps, "batch_size": args.batch_size, "learning_rate": args.lr}
+    if samples is not None:
+        steps_per_epoch = max(1, samples // (args.batch_size or PAPER[stage].batch_size))
+        given["steps"] = args.steps or max(1, round(args.epochs * steps_per_epoch))
+    default = TINY[stage] if samples is None else PAPER[stage]
     return dataclasses.replace(default, seed=args.seed, **{key: x for key, x in given.items() if x is not None})
 
 
@@ -264,9 +261,7 @@ def dry_run(stage: str, args: argparse.Namespace, config: ModelConfig, data: Dat
             samples, text, visual = map(int, args.assume.split(","))
         except ValueError:
             raise UserError(f"--assume {args.assume}: give three whole numbers, as in 558000,60,4900") from None
-        default = PAPER[stage]
-        steps = round(args.epochs * max(1, samples // (args.batch_size or default.batch_size)))
-        settings = stage_config(dataclasses.replace(default, steps=steps), args)
+        settings = stage_config(stage, args, samples)
         measures = [Measure(text, text // 2, [(1, visual)] if visual else [])]
     else:
         settings, mixture = data.config, data.plan.data
