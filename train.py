@@ -37,7 +37,7 @@ from nanoeemllm.preview import Measure, forecast, show_batch
 from nanoeemllm.prompt import Tokenizer
 from nanoeemllm.run import Run
 from nanoeemllm.toy import ToyDataset, WorldConfig
-from nanoeemllm.training import Habits, OnOneProcess, Stopped, TrainConfig, freeze_for, train
+from nanoeemllm.training import OnOneProcess, Stopped, TrainConfig, freeze_for, train
 
 TINY = {  # the tiny world's settings
     "pretrain": TrainConfig("pretrain", steps=300, batch_size=16, learning_rate=2e-3, betas=(0.9, 0.98)),
@@ -175,7 +175,7 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: G
     stored = spread(model, group)
     train(model, lambda first: data.loader(data.plan, group, first, data.config.steps), data.config, run, group,
           data.held_out and (lambda: data.loader(data.held_out, group, 0, data.held_out.steps_per_epoch)),
-          Habits(args.checkpoint_every, max_bad=args.max_bad))
+          args.checkpoint_every, args.max_bad)
     save_model(model, stored, group, args.out / stage)
     run.finish()
 

@@ -21,6 +21,8 @@ from nanoeemllm.config import UserError
 from nanoeemllm.distributed import Group, is_whole, load_state, save_state
 from nanoeemllm.plot import line_chart
 
+KEEP = 2      # checkpoints: the newest, and the one before in case it is not whole
+
 
 class Run:
     """A run's folder. The first process alone writes, aside and renamed or line by line; checkpoints come from all."""
@@ -65,13 +67,13 @@ class Run:
     def saved_steps(self) -> list[int]:
         return sorted(int(p.name.removeprefix("step-")) for p in self.checkpoints.glob("step-*"))
 
-    def save(self, step: int, state: dict[str, Tensor], keep: int):
-        """Checkpoint after `step` steps; the newest `keep` stay."""
+    def save(self, step: int, state: dict[str, Tensor]):
+        """Checkpoint after `step` steps; the newest KEEP stay."""
         path = self.checkpoints / f"step-{step:08d}"
         if not path.exists():
             save_state(state, path, self.group)
         if self.group.is_first:
-            for old in self.saved_steps()[:-keep]:
+            for old in self.saved_steps()[:-KEEP]:
                 shutil.rmtree(self.checkpoints / f"step-{old:08d}")
 
     def load(self, state: dict[str, Tensor]) -> int:

@@ -46,14 +46,6 @@ class TrainConfig:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Habits:
-    """What a run may change when it is resumed: nothing here changes what is learned."""
-    checkpoint_every: int = 500         # steps; held-out loss is measured then, too
-    keep: int = 2                       # newest checkpoints kept
-    max_bad: float = 0.01               # part of the samples that may be unusable
-
-
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up, then cosine to 0. Steps count from 0."""
     warm = max(1, round(config.warmup * config.steps))
@@ -172,9 +164,10 @@ class Stopped(Exception):
 
 
 def train(model: EEMLLM, load: Callable[[int], Loader], config: TrainConfig, run: Run, group: Group,
-          held_out: Callable[[], Iterable[Packed]] | None = None, habits: Habits = Habits()):
+          held_out: Callable[[], Iterable[Packed]] | None = None, checkpoint_every: int = 500, max_bad: float = 0.01):
     """Trains in place a model that is frozen for the stage and spread over the group. load(first) gives this
-    process's micro-batches of all steps from `first` on; held_out() those of the held-out data.
+    process's micro-batches of all steps from `first` on; held_out() those of the held-out data, measured
+    at every checkpoint. max_bad: part of the samples that may be unusable.
 
     Raises Stopped after a signal, the step finished and saved; UserError for a loss that is not finite, and for too
     many bad samples.
@@ -196,7 +189,7 @@ def train(model: EEMLLM, load: Callable[[int], Loader], config: TrainConfig, run
             seen = mine.over(group)
             if seen.bad:
                 bad = group.gather([sample for _, bad, _ in parts for sample in bad])
-                run.note_bad(step + 1, bad, samples, config.batch_size, habits.max_bad)
+                run.note_bad(step + 1, bad, samples, config.batch_size, max_bad)
             norm = update(params, optimizer, seen.learned, group, config, step) if math.isfinite(seen.loss) else math.nan
             if not math.isfinite(norm):
                 keys = group.gather([key for keys, _, loss in parts if not math.isfinite(loss) for key in keys])
@@ -213,14 +206,14 @@ def train(model: EEMLLM, load: Callable[[int], Loader], config: TrainConfig, run
             if seen.cut:
                 line["cut"] = int(seen.cut)
             start, waited = now, loader.waited
-            save = (step + 1) % habits.checkpoint_every == 0 or step + 1 == config.steps or seen.stop
+            save = (step + 1) % checkpoint_every == 0 or step + 1 == config.steps or seen.stop
             if save and held_out is not None and not seen.stop:
                 line["held_out_loss"] = measure(model, held_out(), group)
             run.note(line)
             bar.set_postfix_str(_in_short(line), refresh=False)
             bar.update()
             if save:
-                run.save(step + 1, training_state(model, optimizer), habits.keep)
+                run.save(step + 1, training_state(model, optimizer))
                 start = time.perf_counter()                              # of training alone
             if seen.stop and step + 1 < config.steps:
                 run.draw_curve()

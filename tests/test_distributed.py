@@ -12,11 +12,10 @@ from nanoeemllm.config import VISUAL_PATHS
 from nanoeemllm.data import Loader, Packed
 from nanoeemllm.distributed import save_model, spread
 from nanoeemllm.model import collate
-from nanoeemllm.training import Habits, Stopped, accumulate
+from nanoeemllm.training import Stopped, accumulate
 from tiny_run import ALONE, Talks, encode, gradients, in_processes, metrics, tensors, tiny_model, tiny_plan, tiny_run
 
 STAGES, PATHS = ("pretrain", "finetune"), ("eemllm", "llava")
-HABITS = Habits(checkpoint_every=100)
 SETTINGS = {"eemllm-f": {"composite_layers": (1,)}, "flamingo": {"every": 1}}
 
 
@@ -144,11 +143,11 @@ class Interrupted(Loader):
 
 def stop_in_the_middle(group, folder):
     with pytest.raises(Stopped, match="stopped after step 5 of 8.*--resume"):
-        tiny_run(folder, group, loader=Interrupted, habits=HABITS)
+        tiny_run(folder, group, loader=Interrupted, checkpoint_every=100)
 
 
 def go_on(group, folder):
-    tiny_run(folder, group, resume=True, habits=HABITS)
+    tiny_run(folder, group, resume=True, checkpoint_every=100)
 
 
 

@@ -17,7 +17,7 @@ from nanoeemllm.data import Loader, Packed, Sample
 from nanoeemllm.distributed import is_whole
 from nanoeemllm.model import collate
 from nanoeemllm.run import Run
-from nanoeemllm.training import Habits, Seen, TrainConfig, accumulate, learning_rate
+from nanoeemllm.training import Seen, TrainConfig, accumulate, learning_rate
 from tiny_run import (ALONE, Talks, encode, gradients, in_processes, metrics, start, tensors, tiny_config, tiny_model,
                       tiny_plan, tiny_run)
 
@@ -121,7 +121,7 @@ STEPS = 48
 
 def logged_run(group, folder):
     Logged.file = folder / "log"
-    tiny_run(folder, steps=STEPS, loader=Logged, plan=tiny_plan(STEPS * 4, budget=4), resume=True, habits=Habits(1))
+    tiny_run(folder, steps=STEPS, loader=Logged, plan=tiny_plan(STEPS * 4, budget=4), resume=True, checkpoint_every=1)
 
 
 def samples_of(folder) -> list[list[str]]:
@@ -202,7 +202,7 @@ def test_a_checkpoint_cut_short_is_recognised_and_the_one_before_it_used(tmp_pat
 def fill_the_disk(group, folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))          # no file may grow beyond 20 kB
     with pytest.raises(UserError, match=r"step-00000004 cannot be written \(.*the checkpoint before it stands.*--resume"):
-        tiny_run(folder, steps=4, resume=True, habits=Habits(4))
+        tiny_run(folder, steps=4, resume=True, checkpoint_every=4)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
@@ -259,7 +259,7 @@ def test_schedule():
 
 def test_bad_samples_are_skipped_and_written_down(tmp_path):
     plan = tiny_plan(64, broken=(3, 17))
-    run = tiny_run(tmp_path, plan=plan, habits=Habits(max_bad=0.05))
+    run = tiny_run(tmp_path, plan=plan, max_bad=0.05)
     listed = [json.loads(line) for line in run.bad_samples.read_text().splitlines()]
     assert {entry["id"] for entry in listed} == {"talk-3", "talk-17"} and all(entry["reason"] for entry in listed)
     assert len(metrics(tmp_path)) == 8
@@ -267,7 +267,7 @@ def test_bad_samples_are_skipped_and_written_down(tmp_path):
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):
     with pytest.raises(UserError, match=r"\d of 8 samples so far could not be used, over 5.00% .*bad_samples.jsonl.*--max-bad"):
-        tiny_run(tmp_path, plan=tiny_plan(64, broken=tuple(range(64))), habits=Habits(max_bad=0.05))
+        tiny_run(tmp_path, plan=tiny_plan(64, broken=tuple(range(64))), max_bad=0.05)
 
 
 def test_a_micro_batch_of_broken_samples_counts_for_nothing():

@@ -22,7 +22,7 @@ from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import Tokenizer
 from nanoeemllm.run import Run
 from nanoeemllm.toy import make_tokenizer
-from nanoeemllm.training import Habits, TrainConfig, freeze_for, train
+from nanoeemllm.training import TrainConfig, freeze_for, train
 
 ALONE = Group(0, 1, torch.device("cpu"))
 WORDS = "red blue green cat star ring left right one two".split()
@@ -87,8 +87,8 @@ def encode(conversation: dict):
 
 
 def tiny_run(folder: Path, group: Group = ALONE, stage: str = "finetune", path: str = "eemllm", steps: int = 8,
-             loader: type = Loader, plan: Plan | None = None, resume: bool = False, habits: Habits = Habits(2),
-             model: EEMLLM | None = None, held_out: Plan | None = None) -> Run:
+             loader: type = Loader, plan: Plan | None = None, resume: bool = False, checkpoint_every: int = 2,
+             max_bad: float = 0.01, model: EEMLLM | None = None, held_out: Plan | None = None) -> Run:
     """A whole run in folder/run, and its model in folder/model."""
     model = model or tiny_model(path, stage)
     stored = spread(model, group)
@@ -96,7 +96,8 @@ def tiny_run(folder: Path, group: Group = ALONE, stage: str = "finetune", path: 
     plan = plan or tiny_plan()
     run = Run(folder / "run", {**dataclasses.asdict(config), "path": path}, group, resume)
     train(model, lambda first: loader(plan, encode, first, steps, group.rank, group.size), config, run, group,
-          held_out and (lambda: Loader(held_out, encode, 0, held_out.steps_per_epoch, group.rank, group.size)), habits)
+          held_out and (lambda: Loader(held_out, encode, 0, held_out.steps_per_epoch, group.rank, group.size)),
+          checkpoint_every, max_bad)
     save_model(model, stored, group, folder / "model")
     return run
 
