@@ -9,6 +9,8 @@ refuses what it does not know. Everything that can be derived is derived here, o
 
 import dataclasses
 from dataclasses import dataclass, field
+from types import UnionType
+from typing import get_args, get_origin
 
 IMAGE_TOKEN = -200  # stands for one whole image in a list of ids, as in LLaVA
 
@@ -162,50 +164,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict) -> "ModelConfig":
         """Raises UserError that names the key, for an unknown key or a value of the wrong type."""
-        return _build(cls, data, "config")
-
-
-_PARTS = {"llama": LlamaConfig, "vision": VisionConfig, "visual_path": VisualPathConfig, "rope_scaling": RopeScaling}
-
-
-def _build(cls, data, where: str):
-    if not isinstance(data, dict):
-        raise UserError(f"{where} must be an object, not {type(data).__name__}")
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    values = {}
-    for key, value in data.items():
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(known)}")
-        if key in _PARTS and value is not None:
-            value = _build(_PARTS[key], value, f"{where}.{key}")
-        elif known[key].type in (int, int | None) and (type(value) is not int or value < 1) and (
-                value is not None or known[key].type is int):
-            raise UserError(f"{where}.{key} must be a positive whole number, not {value!r}")
-        elif known[key].type is float:
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise UserError(f"{where}.{key} must be a positive number, not {value!r}")
-            value = float(value)
-        elif known[key].type in (str, bool) and type(value) is not known[key].type:
-            raise UserError(f"{where}.{key} must be a {known[key].type.__name__}, not {value!r}")
-        elif known[key].type in _TUPLES:
-            depth, inner = _TUPLES[known[key].type]
-            value = _tuple(value, depth, inner, f"{where}.{key}")
-        values[key] = value
-    return cls(**values)
-
-
-_TUPLES = {tuple[float, float, float]: (1, float), tuple[int, ...]: (1, int), tuple[tuple[int, ...], ...]: (2, int)}
-
-
-def _tuple(value, depth: int, inner, where: str) -> tuple:
-    """JSON lists -> tuples of tuples, checked to the bottom."""
-    if depth == 0:
-        if type(value) is bool or not isinstance(value, (int, inner)) or value < 0:
-            raise UserError(f"{where} must hold numbers that are not negative, not {value!r}")
-        return inner(value)
-    if not isinstance(value, (list, tuple)):
-        raise UserError(f"{where} must be a list, not {value!r}")
-    return tuple(_tuple(v, depth - 1, inner, where) for v in value)
+        return _read(cls, data, "config")
 
 
 _SIGLIP_384 = VisionConfig()
@@ -234,3 +193,37 @@ PRESETS = {  # the sizes users name; --preset
     "eemllm-7b-980": ModelConfig(LlamaConfig(max_position_embeddings=8192), _SIGLIP_980),
     "llava-1.5-7b": ModelConfig(LlamaConfig(vocab_size=32064), _CLIP_336, VisualPathConfig("llava")),
 }
+
+
+def _read(kind, value, where: str):
+    """A JSON value as a field's type: dataclasses from objects, tuples from lists, checked to the bottom."""
+    if get_origin(kind) is UnionType:                    # X | None
+        return None if value is None else _read(get_args(kind)[0], value, where)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"{where} must be an object, not {type(value).__name__}")
+        known = {f.name: f.type for f in dataclasses.fields(kind)}
+        unknown = [key for key in value if key not in known]
+        if unknown:
+            raise UserError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
+        return kind(**{key: _read(known[key], value[key], f"{where}.{key}") for key in value})
+    if get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where} must be a list, not {value!r}")
+        return tuple(_read_item(get_args(kind)[0], item, where) for item in value)
+    if kind is int and (type(value) is not int or value < 1):
+        raise UserError(f"{where} must be a positive whole number, not {value!r}")
+    if kind is float and (type(value) not in (int, float) or not 0 < value < float("inf")):
+        raise UserError(f"{where} must be a positive number, not {value!r}")
+    if kind in (str, bool) and type(value) is not kind:
+        raise UserError(f"{where} must be a {kind.__name__}, not {value!r}")
+    return kind(value)
+
+
+def _read_item(kind, value, where: str):
+    """What stands in a list: another list, or a number, 0 allowed."""
+    if get_origin(kind) is tuple:
+        return _read(kind, value, where)
+    if type(value) not in (int, kind) or value < 0:
+        raise UserError(f"{where} must hold numbers that are not negative, not {value!r}")
+    return kind(value)
