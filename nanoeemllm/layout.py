@@ -8,6 +8,7 @@ stood. One sample `a b <image> c` with a picture of three tokens:
     merged rows  a b v v v c
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -69,15 +70,12 @@ class Layout:
         text_position, visual_position = self.text.position.tolist(), self.visual.position.tolist()
         bounds = zip(*(t.tolist() for run in (self.text, self.visual) for t in (run.start, run.length)))
         for sample, (t, t_length, v, v_length) in enumerate(bounds):
-            place, t_end, v_end = t, t + t_length, v + v_length
+            t_end, v_end = t + t_length, v + v_length
             while v < v_end:
                 h, w = grid = next(grids)
                 rows, v = slice(v, v + h * w), v + h * w
-                while place < t_end and text_position[place] < visual_position[rows.start]:
-                    place += 1
-                stop = place
-                while stop < t_end and (v == v_end or text_position[stop] < visual_position[v]):
-                    stop += 1
+                place = bisect_left(text_position, visual_position[rows.start], t, t_end)
+                stop = bisect_left(text_position, visual_position[v], place, t_end) if v < v_end else t_end
                 found.append(PlacedPicture(rows, grid, sample, slice(t, place), slice(place, stop)))
         return found
 
