@@ -4,7 +4,7 @@
     llava     everything before them, as text does                  O, FFN
     eemllm    themselves: the aligner                               V, O, FFN, each of which can be left out
     eemllm-f  as eemllm in the layers chosen, as llava in the others; llava's weights, not trained
-    naavit    nothing                                               FFN
+    naavit    nothing                                               FFN (SAISA's pilot on LLaVA-1.5)
     saisa     nothing: every layer projects the picture's features to its own input
     yopo      their neighbours in the picture and the text before it, in some heads     O, part of the FFN
     flamingo  nothing: text looks at them in gated blocks added before every k-th layer
@@ -140,14 +140,6 @@ class EEMLLMFPath(VisualPath):
             return rows, nothing
         rows = rows[ctx.layout.unmerge]
         return rows[:len(text)], rows[len(text):]
-
-
-class NAAViTPath(EEMLLMPath):
-    """No attention among visual tokens (SAISA's pilot on LLaVA-1.5): nothing is added to them where attention was, and
-    the FFN follows. That is the aligner with FFN alone."""
-
-    def __init__(self):
-        super().__init__("f")
 
 
 class Projector(nn.Module):
@@ -372,7 +364,7 @@ def make_visual_path(config: VisualPathConfig, llama: LlamaConfig, feature_width
     return {"llava": LlavaPath,
             "eemllm": lambda: EEMLLMPath(config.aligner),
             "eemllm-f": lambda: EEMLLMFPath(config.composite_layers),
-            "naavit": NAAViTPath,
+            "naavit": lambda: EEMLLMPath("f"),       # no attention, then the FFN: the aligner with FFN alone
             "saisa": lambda: SAISAPath(feature_width),
             "yopo": lambda: YOPOPath(config, llama),
             "flamingo": lambda: FlamingoPath(config.every, llama)}[config.name]()
