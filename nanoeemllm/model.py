@@ -120,13 +120,8 @@ class EEMLLM(nn.Module):
     def logits(self, ids: list[int], images: list = [], pictures: list[Picture] | None = None) -> Tensor:
         """Scores of the next token (T, vocabulary), one row a text token, in order. images: PIL, or pictures that `see`
         has seen, one an IMAGE_TOKEN."""
-        if pictures:
-            text_ids, layout = build_layout([ids], [[picture.grid for picture in pictures]])
-            return self.decoder.logits(read(self.decoder, text_ids.to(self.device), gather(self.decoder, [pictures], layout)))
-        patches, grids = self._patches([images])
-        text_ids, layout = build_layout([ids], grids)
-        visual = self.visual_tokens(patches.to(self.device), layout.grids)
-        return self.decoder.logits(self.decoder(text_ids.to(self.device), visual, layout.to(self.device)))
+        hidden, _, _ = self._read([ids], [images], [pictures] if pictures else None)
+        return self.decoder.logits(hidden)
 
     @torch.inference_mode()
     def see(self, images: list) -> list[Picture]:
@@ -168,20 +163,31 @@ class EEMLLM(nn.Module):
             if not ids or ids[-1] == IMAGE_TOKEN:
                 what = "is empty" if not ids else "ends in <image>"
                 raise UserError(f"prompt {number} {what}: the answer is said by the text token before it; add some text")
-        if pictures is not None and any(pictures):
-            ids, layout = build_layout(prompts, [[picture.grid for picture in group] for group in pictures])
-            self._check_context(layout, max_new_tokens)
-            kept = gather(self.decoder, pictures, layout)
-            cache = self._cache_for(kept.layout, max_new_tokens)
-            hidden = read(self.decoder, ids.to(self.device), kept, cache)
+        hidden, layout, cache = self._read(prompts, images, pictures, max_new_tokens)
+        return hidden[(layout.text.start + layout.text.length - 1).long()], cache
+
+    def _read(self, prompts: list[list[int]], images: list[list] | None, pictures: list[list[Picture]] | None,
+              max_new_tokens: int = 0) -> tuple[Tensor, Layout, KVCache | None]:
+        """A pass over the prompts: hidden rows (T, C), their layout, and a cache if there are to be new tokens."""
+        seen_before = pictures is not None and any(pictures)
+        if seen_before:
+            grids = [[picture.grid for picture in group] for group in pictures]
         else:
             patches, grids = self._patches(images or [[] for _ in prompts])
-            ids, layout = build_layout(prompts, grids)
+        ids, layout = build_layout(prompts, grids)
+        if max_new_tokens:
             self._check_context(layout, max_new_tokens)
+
+        if seen_before:
+            kept = gather(self.decoder, pictures, layout)
+            layout = kept.layout
+        else:
             visual = self.visual_tokens(patches.to(self.device), layout.grids)
-            cache = self._cache_for(layout.to(self.device), max_new_tokens)
-            hidden = self.decoder(ids.to(self.device), visual, layout.to(self.device), cache)
-        return hidden[(layout.text.start + layout.text.length - 1).long().to(self.device)], cache
+            layout = layout.to(self.device)
+        cache = self._cache_for(layout, max_new_tokens) if max_new_tokens else None
+        ids = ids.to(self.device)
+        hidden = read(self.decoder, ids, kept, cache) if seen_before else self.decoder(ids, visual, layout, cache)
+        return hidden, layout, cache
 
     def _patches(self, images: list[list]) -> tuple[Tensor, list[list[tuple[int, int]]]]:
         """Of all pictures (P, 3*p*p), on the CPU, and every sample's grids."""
