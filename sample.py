@@ -11,9 +11,11 @@
 import argparse
 import dataclasses
 import json
+import re
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from nanoeemllm.visual_path import CompositePath
 
 DEFAULT_PROMPT = "describe the picture thing by thing."      # a sentence of the tiny world; others understand it too
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")        # what a folder is searched for
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 AT_ONCE = 16                                                 # pictures that --jsonl reads together
 
 
@@ -65,16 +68,17 @@ def main(argv: list[str] | None = None):
     check(args)
     speaker = Speaker(load_model(args), args)
     if args.jsonl:
-        answer_folder(speaker, args)
+        answer_each(speaker)
     elif args.chat:
-        chat(speaker, args)
+        chat(speaker)
     else:
-        answer(speaker, args)
+        answer(speaker)
 
 
 def check(args):
-    """What can be said before anything is loaded."""
-    sampling(args)
+    """What can be said before anything is loaded; sampling, layers and pictures as they will be used."""
+    args.sampling = {name: getattr(args, name) for name in SAMPLING}
+    Sampling(**args.sampling)                                # raises what is wrong with them
     if any(not text.strip() for text in args.prompt):
         raise UserError("--prompt is empty: ask something")
     if not args.prompt and not args.image and not args.chat:
@@ -93,12 +97,10 @@ def check(args):
         raise UserError("--attention draws one answer: give one --prompt")
     if args.attention is not None and not args.attention.absolute().parent.is_dir():
         raise UserError(f"--attention {args.attention}: its folder does not exist")
-    if args.attention_layers is not None:
-        layers(args)
+    args.attention_layers = layers(args.attention_layers)
     args.image = [found for file in args.image for found in (search(file) if args.jsonl else [file])]
-    named = [file.resolve() for file in args.image]
-    for file in named:
-        if named.count(file) > 1:
+    for file, times in Counter(file.resolve() for file in args.image).items():
+        if times > 1:
             raise UserError(f"{file}: this picture is named twice; name it once")
         if file.is_dir():
             raise UserError(f"{file} is a folder: add --jsonl for a line of JSON a picture")
@@ -114,18 +116,15 @@ def search(file: Path) -> list[Path]:
     return found
 
 
-def layers(args) -> slice:
-    first, _, last = (args.attention_layers or "0-").partition("-")
-    if not first.isdecimal() or not (last or "0").isdecimal():
-        raise UserError(f"--attention-layers {args.attention_layers!r}: give a layer or a range, as in 8-15")
-    alone = args.attention_layers is not None and "-" not in args.attention_layers
-    return slice(int(first), int(first) + 1 if alone else int(last) + 1 if last else None)
-
-
-def sampling(args) -> dict:
-    options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")}
-    Sampling(**options)                                      # raises what is wrong with them
-    return options
+def layers(text: str | None) -> slice:
+    """"8-15", "8-", "8" or nothing, for all."""
+    if text is None:
+        return slice(None)
+    found = re.fullmatch(r"(\d+)(-?)(\d*)", text, re.ASCII)
+    if not found:
+        raise UserError(f"--attention-layers {text!r}: give a layer or a range, as in 8-15")
+    first, dash, last = found.groups()
+    return slice(int(first), int(last or first) + 1 if last or not dash else None)
 
 
 # ---- the model ----
@@ -161,44 +160,53 @@ def load_model(args):
 
 
 class Speaker:
-    """A model and how it is to answer. Pictures are read once where the visual path allows it."""
+    """A model, the pictures it is shown, and how it is to answer. Where the visual path allows it, a picture is read
+    once for all questions."""
 
     def __init__(self, model, args):
         self.model, self.args = model, args
         self.keeps = isinstance(model.decoder.path, CompositePath)
-        self.last: list[int] = []                            # ids of the last answer
-        self.images, self.pictures, self.notes = [], [], ""  # pictures: what was seen of the images, if it is kept
-
-    def show(self, image):
-        self.images.append(image)
-
-    def forget(self):
-        self.images, self.pictures = [], []
+        self.images, self.pictures = [], []                  # pictures: what was seen of the images, if it is kept
 
     def ids(self, turns: str | list[dict]) -> list[int]:
         return encode_prompt(self.model.tokenizer, turns, self.model.config.chat_template)
 
-    def say(self, ids: list[int]) -> Iterator[str]:
-        """Pieces of text as they are made."""
-        self.last, begin = [], time.perf_counter()
-        pictures = {"images": self.images}
-        if self.keeps:
-            if new := self.images[len(self.pictures):]:
-                self.pictures += self.model.see(new)
-            pictures = {"pictures": self.pictures}
-        times = []
-        tokens = self.model.generate(ids, max_new_tokens=self.args.max_new_tokens, stop_strings=tuple(self.args.stop),
-                                     **pictures, **sampling(self.args))
-        yield from stream_text(self.model.tokenizer, self._noted(tokens, times), tuple(self.args.stop))
-        if self.args.stats and times:
-            rate = f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s after it" if len(times) > 1 else "no other"
-            self.notes = f"first token after {times[0] - begin:.3f} s, {rate}, {len(times)} tokens, {peak_memory()}"
+    def say(self, ids: list[int]) -> tuple[str, list[int]]:
+        """Prints an answer as it is made -> the text and its tokens. Ctrl-C leaves what there is on a line of its own;
+        it ends a program that does not chat."""
+        text, tokens, times, begin = "", [], [], time.perf_counter()
+        stop = tuple(self.args.stop)
 
-    def _noted(self, tokens, times: list[float]):
-        for token in tokens:
-            times.append(time.perf_counter())
-            self.last.append(token)
-            yield token
+        def made():
+            for token in self.model.generate(ids, max_new_tokens=self.args.max_new_tokens, stop_strings=stop,
+                                             **self.shown(), **self.args.sampling):
+                tokens.append(token)
+                times.append(time.perf_counter())
+                yield token
+
+        try:
+            for piece in stream_text(self.model.tokenizer, made(), stop):
+                text += piece
+                print(piece, end="", flush=True)
+            print(flush=True)
+        except KeyboardInterrupt:
+            print(flush=True)
+            if not self.args.chat:
+                raise
+        if self.args.stats and times:
+            more = len(times) - 1
+            rate = f"{more / (times[-1] - times[0]):.1f} tokens/s after it" if more else "no other"
+            print(f"first token after {times[0] - begin:.3f} s, {rate}, {len(times)} tokens, {peak_memory()}",
+                  file=sys.stderr)
+        return text, tokens
+
+    def shown(self) -> dict:
+        """What the model is given: pictures that were seen, or images that it has to see."""
+        if not self.keeps:
+            return {"images": self.images}
+        if new := self.images[len(self.pictures):]:
+            self.pictures += self.model.see(new)
+        return {"pictures": self.pictures}
 
 
 def peak_memory() -> str:
@@ -208,39 +216,19 @@ def peak_memory() -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory at most"
 
 
-def tell(speaker: Speaker, ids: list[int]) -> str:
-    """Prints an answer as it is made, and returns it. Ctrl-C leaves what there is on a line of its own."""
-    said = []
-    try:
-        for piece in speaker.say(ids):
-            said.append(piece)
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        print(flush=True)
-        raise Interrupted("".join(said)) from None
-    print(flush=True)
-    if speaker.args.stats:
-        print(speaker.notes, file=sys.stderr)
-    return "".join(said)
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while an answer was made; the argument is what there was of it."""
-
-
 # ---- the three ways to ask ----
 
-def answer(speaker: Speaker, args):
-    for file in args.image:
-        speaker.show(load_image(file))
+def answer(speaker: Speaker):
+    args = speaker.args
+    speaker.images = [load_image(file) for file in args.image]
     prompts = args.prompt or [DEFAULT_PROMPT]
     for prompt in prompts:
         if len(prompts) > 1:
             print(f"> {prompt}")
         ids = speaker.ids(place_pictures(prompt, len(speaker.images)))
-        tell(speaker, ids)
-    if args.attention is not None and speaker.last:
-        draw_attention(args.attention, speaker.model, ids, speaker.images, speaker.last, layers(args))
+        _, tokens = speaker.say(ids)
+    if args.attention is not None and tokens:
+        draw_attention(args.attention, speaker.model, ids, speaker.images, tokens, args.attention_layers)
 
 
 def place_pictures(prompt: str, pictures: int) -> str:
@@ -251,73 +239,65 @@ def place_pictures(prompt: str, pictures: int) -> str:
     return prompt if placed else (IMAGE_TEXT + "\n") * pictures + prompt
 
 
-def chat(speaker: Speaker, args):
+def chat(speaker: Speaker):
     """Questions of --prompt first, then a line of stdin a question. What goes wrong in one leaves the others standing."""
-    turns, new = [], 0
-    for file in args.image:
-        speaker.show(load_image(file))
-        new += 1
-    for number, line in enumerate(questions(args)):
-        if line is None:
-            if number == 0:
-                raise UserError("--chat reads questions from stdin, which is at its end: ask with --prompt instead")
-            return
+    speaker.images = [load_image(file) for file in speaker.args.image]
+    turns, asked_about, line = [], 0, None                   # asked_about: pictures that stand in the turns
+    for line in questions(speaker.args.prompt):
         try:
             command, _, rest = line.partition(" ")
             if command == "/reset":
-                turns, new = [], 0
-                speaker.forget()
+                turns, asked_about, speaker.images, speaker.pictures = [], 0, [], []
             elif command == "/image":
-                speaker.show(load_image(Path(rest.strip()).expanduser()))
-                new += 1
+                speaker.images.append(load_image(Path(rest.strip()).expanduser()))
             elif line.startswith("/"):
                 raise UserError(f"{command} is not known; known: /image FILE, /reset, and Ctrl-D to end")
             elif line:
-                asked = [*turns, {"from": "human", "value": place_pictures(line, new)}]
-                try:
-                    said = tell(speaker, speaker.ids(asked))
-                except Interrupted as stopped:
-                    said = str(stopped)
-                turns, new = [*asked, {"from": "gpt", "value": said.strip()}], 0
+                asked = {"from": "human", "value": place_pictures(line, len(speaker.images) - asked_about)}
+                said, _ = speaker.say(speaker.ids([*turns, asked]))
+                turns += [asked, {"from": "gpt", "value": said.strip()}]
+                asked_about = len(speaker.images)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+    if line is None:
+        raise UserError("--chat reads questions from stdin, which is at its end: ask with --prompt instead")
 
 
-def questions(args) -> Iterator[str | None]:
-    """Lines, then None."""
-    yield from args.prompt
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            if sys.stdin.isatty():
-                print()
-            yield None
-            return
+def questions(prompts: list[str]) -> Iterator[str]:
+    yield from prompts
+    typed = sys.stdin.isatty()
+    try:
+        while True:
+            yield input("> " if typed else "").strip()
+    except EOFError:
+        if typed:
+            print()
 
 
-def answer_folder(speaker: Speaker, args):
+def answer_each(speaker: Speaker):
     """AT_ONCE pictures at a time, with every prompt each. A picture that cannot be read gets a line that says so."""
-    prompts, broken = args.prompt or [DEFAULT_PROMPT], 0
+    model, args = speaker.model, speaker.args
+    prompts, stop, broken = args.prompt or [DEFAULT_PROMPT], tuple(args.stop), 0
     ids = [speaker.ids(place_pictures(prompt, 1)) for prompt in prompts]
     for first in range(0, len(args.image), AT_ONCE):
-        files, images = args.image[first:first + AT_ONCE], {}
-        for file in files:
+        files, speaker.images, speaker.pictures = [], [], []
+        for file in args.image[first:first + AT_ONCE]:
             try:
-                images[file] = load_image(file)
+                speaker.images.append(load_image(file))
+                files.append(file)
             except UserError as error:
                 broken += 1
                 print(json.dumps({"image": str(file), "error": str(error)}), flush=True)
-        if not images:
+        if not files:
             continue
-        shown = {"pictures" if speaker.keeps else "images": [[x] for x in (
-            speaker.model.see(list(images.values())) if speaker.keeps else images.values()) for _ in prompts]}
-        answers = speaker.model.generate_batch(ids * len(images), max_new_tokens=args.max_new_tokens,
-                                               stop_strings=tuple(args.stop), **shown, **sampling(args))
-        asked = [(file, prompt) for file in images for prompt in prompts]
+        shown = {kind: [[x] for x in each for _ in prompts] for kind, each in speaker.shown().items()}
+        answers = model.generate_batch(ids * len(files), max_new_tokens=args.max_new_tokens, stop_strings=stop, **shown,
+                                       **args.sampling)
+        asked = [(file, prompt) for file in files for prompt in prompts]
         for (file, prompt), tokens in zip(asked, answers):
-            text = "".join(stream_text(speaker.model.tokenizer, tokens, tuple(args.stop)))
-            print(json.dumps({"image": str(file), "prompt": prompt, "answer": text.strip()}, ensure_ascii=False), flush=True)
+            text = "".join(stream_text(model.tokenizer, tokens, stop))
+            line = {"image": str(file), "prompt": prompt, "answer": text.strip()}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
     if broken:
         raise UserError(f"{broken} of {len(args.image)} pictures could not be read; their lines say why")
 

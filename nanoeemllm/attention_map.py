@@ -32,34 +32,35 @@ def attention_to_pictures(model, ids: list[int], images: list, answer: list[int]
 
 @contextlib.contextmanager
 def _recording(said_at: Tensor, picture_at: Tensor):
-    """A list to which each call of attention, in every layer, adds (len(said_at), len(picture_at)), its mean over
-    heads. Calls that see no picture add nothing."""
+    """A list to which each call of attention, in every layer, adds (len(said_at), len(picture_at)): what the rows at
+    these positions pay to the keys at those, a mean over heads. Calls that see no picture add nothing."""
     layers, attention = [], visual_path.composite_attention
 
-    def record(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale=None):
-        out = attention(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
+    def record(q, k_visual, v_visual, k_text, v_text, query, visual, text):
+        keys = torch.cat([k_visual, k_text]).float().repeat_interleave(q.shape[1] // k_text.shape[1], 1)
+        position, sample = (torch.cat(kind) for kind in zip(*((run.position, _samples(run)) for run in (visual, text))))
+        said, row = (said_at.to(q.device)[:, None] == query.position).nonzero(as_tuple=True)
+        shown, key = (picture_at.to(q.device)[:, None] == position).nonzero(as_tuple=True)
+        sees = (_samples(query)[row] @ sample.T > 0) & (position <= query.position[row, None])          # (said, keys)
+        scores = torch.einsum("qhd,khd->hqk", q[row].float(), keys) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~sees, -torch.inf).softmax(-1).nan_to_num().mean(0)
         heat = torch.zeros(len(said_at), len(picture_at))
-        for b in range(len(query.start)):
-            rows, seen, read = (slice(int(run.start[b]), int(run.start[b] + run.length[b])) for run in (query, visual, text))
-            position = torch.cat([visual.position[seen], text.position[read]]).cpu()
-            q_position = query.position[rows].cpu()
-            said, asked = (said_at[:, None] == q_position).nonzero(as_tuple=True)
-            shown, key = (picture_at[:, None] == position).nonzero(as_tuple=True)
-            if len(said) and len(shown):
-                keys = torch.cat([k_visual[seen], k_text[read]]).float().repeat_interleave(q.shape[1] // k_text.shape[1], 1)
-                scores = torch.einsum("qhd,khd->hqk", q[rows][asked.to(q.device)].float(), keys).cpu() * q.shape[-1] ** -0.5
-                hidden = position > q_position[asked][:, None]
-                weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(0)         # (said, keys)
-                heat[said[:, None], shown] = weights[:, key]
+        heat[said[:, None].cpu(), shown.cpu()] = weights[:, key].cpu()
         if heat.any():
             layers.append(heat)
-        return out
+        return attention(q, k_visual, v_visual, k_text, v_text, query, visual, text)
 
     visual_path.composite_attention = record
     try:
         yield layers
     finally:
         visual_path.composite_attention = attention
+
+
+def _samples(run) -> Tensor:
+    """(N, B), 1 where a row of a run belongs to a sample, for N rows of B samples."""
+    row = torch.arange(len(run.position), device=run.start.device)[:, None]
+    return ((row >= run.start) & (row < run.start + run.length)).float()
 
 
 def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:

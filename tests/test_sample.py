@@ -163,12 +163,12 @@ def test_chat_remembers_until_reset(run, monkeypatch):
 SLOWLY = """import sys, time
 sys.path.insert(0, {0!r})
 import sample
-inner = sample.Speaker._noted
-def slow(self, tokens, times):
-    for token in inner(self, tokens, times):
+inner = sample.stream_text
+def slow(tokenizer, ids, stop_strings):
+    for piece in inner(tokenizer, ids, stop_strings):
+        yield piece
         time.sleep(0.1)
-        yield token
-sample.Speaker._noted = slow
+sample.stream_text = slow
 sample.run_command(sample.main)
 """
 
