@@ -318,12 +318,8 @@ def _read_bin(path: Path, names: list[str]) -> dict[str, Lazy]:
 
 @functools.lru_cache(maxsize=1)  # the file that is being read; the one before is let go
 def _unpickle(path: Path) -> dict[str, Tensor]:
-    zipped = zipfile.is_zipfile(path)
     try:
-        with open(path, "rb") as file:
-            if file.read(2) == b"PK" and not zipped:
-                raise UserError(f"{path} is damaged or cut off; download it again")
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it is damaged or holds more than tensors, and a pickle that does can run "
                         "any code. Download it again, or get the safetensors") from None

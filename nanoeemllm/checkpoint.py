@@ -8,7 +8,6 @@ A folder is written beside its place, flushed to the disk and renamed, so it is 
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import re
@@ -81,14 +80,15 @@ def save(tensors: Mapping[str, Tensor | Lazy], config: ModelConfig, tokenizer: T
     folder holds something that is no model.
     """
     with written_aside(Path(folder).absolute()) as aside:
-        files, size, weight_map = [{}], 0, {}
+        parts, size, weight_map = [{}], 0, {}
         for name, x in tensors.items():
             size += _bytes(x)
-            if size > SHARD_BYTES and files[-1]:
-                files, size = [*files, {}], _bytes(x)
-            files[-1][name] = x
-        for i, part in enumerate(files):
-            file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+            if size > SHARD_BYTES and parts[-1]:
+                parts.append({})
+                size = _bytes(x)
+            parts[-1][name] = x
+        for number, part in enumerate(parts, 1):
+            file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
             _write_shard(aside / file, part)
             weight_map.update(dict.fromkeys(part, file))
         _write(aside / INDEX, json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1).encode())
@@ -112,9 +112,7 @@ def written_aside(folder: Path):
         _flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"cannot write {folder}: {os.strerror(error.errno)}") from None
-        raise
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)
