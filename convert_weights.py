@@ -110,7 +110,7 @@ def read_sources(args) -> tuple[list["Source"], LlamaConfig, VisionConfig | None
     first = Source(args.llava, LLAVA) if args.llava else Source(args.llm, LLM)
     sources, config = [first], first.config
     if args.llava:
-        require(first.folder, config, LLAVA_MUST)
+        settings(first.folder, config, {}, LLAVA_MUST)
         config = part(first.folder, config, "text_config")
     llama, vision = llama_config(first.folder, config), None
     if llama.tie_word_embeddings:
@@ -158,15 +158,15 @@ class Source:
 
     def name(self, ours: str) -> str:
         """Our name -> theirs."""
-        part = next(part for part in self.prefix if ours.startswith(part))
-        rest = ours[len(part):]
-        if part == "vision.":
+        prefix = next(prefix for prefix in self.prefix if ours.startswith(prefix))
+        rest = ours[len(prefix):]
+        if prefix == "vision.":
             if rest.startswith("layers."):
                 rest = "encoder." + rest
             elif "embedding" in rest:
                 rest = "embeddings." + rest
             rest = rest.replace("pre_layernorm", "pre_layrnorm")  # the published misspelling
-        return self.prefix[part] + rest
+        return self.prefix[prefix] + rest
 
     def take(self, ours: dict[str, tuple], config: ModelConfig, dtype: torch.dtype, bar) -> dict[str, Lazy]:
         """Our tensors that this source has, in the order of its files."""
@@ -178,16 +178,15 @@ class Source:
         found = {name: x.shape for name, x in self.tensors.items() if not re.match(self.passed_over, name)}
         check_tensors(self.folder, expected, found)
 
-        def read(name: str, shape: tuple) -> Tensor:
+        def read(theirs: str) -> Tensor:
             bar.update()
-            return self.tensors[name].load().to(dtype).reshape(shape)
-        return {name_of[theirs]: Lazy(shape, dtype, functools.partial(read, theirs, shape))
-                for theirs in found for shape in [ours[name_of[theirs]]]}
+            return self.tensors[theirs].load().to(dtype).reshape(ours[name_of[theirs]])
+        return {name_of[theirs]: Lazy(ours[name_of[theirs]], dtype, functools.partial(read, theirs))
+                for theirs in found}
 
 
 def llama_config(folder: Path, data: dict) -> LlamaConfig:
-    require(folder, data, LLAMA_MUST)
-    values = filled(folder, data, LLAMA_DEFAULTS)
+    values = settings(folder, data, LLAMA_DEFAULTS, LLAMA_MUST)
     rope = part(folder, data, "rope_parameters") or part(folder, data, "rope_scaling")
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
     if kind == "llama3":
@@ -209,11 +208,10 @@ def vision_config(source: Source) -> tuple[VisionConfig, int]:
     family, data = re.match("Siglip|Idefics2|CLIP|Llava", source.architecture).group(), source.config
     if family == "Llava":
         data, family = part(source.folder, data, "vision_config") or LLAVA_VISION, "CLIP"
-        require(source.folder, data, dict(model_type="clip_vision_model"))
+        settings(source.folder, data, {}, dict(model_type="clip_vision_model"))
     elif not source.architecture.endswith("VisionModel"):
         data = part(source.folder, data, "vision_config") | part(source.folder, data, "vision_config_dict")  # CLIP's
-    require(source.folder, data, CLIP_MUST if family == "CLIP" else SIGLIP_MUST)
-    values = filled(source.folder, data, VISION_DEFAULTS[family])
+    values = settings(source.folder, data, VISION_DEFAULTS[family], CLIP_MUST if family == "CLIP" else SIGLIP_MUST)
     depth = values["num_hidden_layers"]
     if family == "CLIP":
         layer = source.config.get("vision_feature_layer", -2)
@@ -224,9 +222,9 @@ def vision_config(source: Source) -> tuple[VisionConfig, int]:
                        image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
     elif family == "Idefics2":
         values |= dict(resize="native", min_image_size=max(1, 378 * values["image_size"] // 980))
-    settings = source.folder / "preprocessor_config.json"
-    if settings.is_file():
-        values |= {key: value for key, value in read_json(settings).items() if key in ("image_mean", "image_std")}
+    preparation = source.folder / "preprocessor_config.json"
+    if preparation.is_file():
+        values |= {key: value for key, value in read_json(preparation).items() if key in ("image_mean", "image_std")}
     return ModelConfig.from_dict({"vision": values}).vision, depth
 
 
@@ -247,19 +245,17 @@ def part(folder: Path, data: dict, key: str) -> dict:
     return data.get(key) or {}
 
 
-def filled(folder: Path, data: dict, defaults: dict) -> dict:
-    """data's values of the keys of defaults; null is the same as left out."""
+def settings(folder: Path, data: dict, defaults: dict, must: dict) -> dict:
+    """data's values of the keys of defaults; null is the same as left out. Raises UserError for a value that cannot be,
+    or is not as it must."""
+    for key, value in must.items():
+        if data.get(key) is not None and data[key] != value:
+            raise UserError(f"{folder}/config.json: {key} {data[key]!r} is not supported; supported: {value!r}")
     values = {key: default if data.get(key) is None else data[key] for key, default in defaults.items()}
     for key, default in defaults.items():
         if type(default) is int and (type(values[key]) is not int or values[key] < 1):
             raise UserError(f"{folder}/config.json: {key} must be a positive whole number, not {values[key]!r}")
     return values
-
-
-def require(folder: Path, data: dict, must: dict) -> None:
-    for key, value in must.items():
-        if data.get(key) is not None and data[key] != value:
-            raise UserError(f"{folder}/config.json: {key} {data[key]!r} is not supported; supported: {value!r}")
 
 
 def guess_template(tokenizer: Tokenizer) -> str:
@@ -276,11 +272,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer(folder / "tokenizer.json")
     if not (folder / "tokenizer.model").is_file():
         raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model: download one of them")
-    settings, more = ({} if not (folder / name).is_file() else read_json(folder / name)
-                      for name in ("tokenizer_config.json", "added_tokens.json"))
-    tokenizer = read_sentencepiece(folder / "tokenizer.model", prefix_everywhere=settings.get("legacy") is not False)
-    added = {int(i): token["content"] for i, token in settings.get("added_tokens_decoder", {}).items()}
-    for i, text in sorted((added | dict(zip(more.values(), more))).items()):
+    about, more = (read_json(folder / name) if (folder / name).is_file() else {}
+                   for name in ("tokenizer_config.json", "added_tokens.json"))
+    tokenizer = read_sentencepiece(folder / "tokenizer.model", prefix_everywhere=about.get("legacy") is not False)
+    added = {int(i): token["content"] for i, token in about.get("added_tokens_decoder", {}).items()}
+    for i, text in sorted((added | {i: text for text, i in more.items()}).items()):
         tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
         if tokenizer.token_to_id(text) != i:
             raise UserError(f"{folder}: the added token {text!r} should be id {i}, but follows on {i - 1} ids only")

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from nanoeemllm.attention import Run, attention_reference, composite_attention
 from nanoeemllm.config import UserError
 
-H, D = 32, 128
+H, D, DEVICE = 32, 128, "cuda"
 
 
 class Case(NamedTuple):
@@ -113,14 +114,13 @@ def distance(x: Tensor, want: Tensor) -> float:
 
 
 def inputs(case: Case, G: int):
-    B, device = case.batch, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    B, numbers = case.batch, functools.partial(torch.arange, dtype=torch.int32, device=DEVICE)
     shapes = (case.queries, H), (case.visual, G), (case.visual, G), (case.text, G), (case.text, G)
-    tensors = [torch.randn(B * rows, heads, D, device=device, dtype=torch.bfloat16) for rows, heads in shapes]
+    tensors = [torch.randn(B * rows, heads, D, device=DEVICE, dtype=torch.bfloat16) for rows, heads in shapes]
 
     def run(rows: int, first: int) -> Run:
-        position = torch.arange(first, first + rows, dtype=torch.int32, device=device).repeat(B)
-        return Run(torch.arange(B, dtype=torch.int32, device=device) * rows,
-                   torch.full((B,), rows, dtype=torch.int32, device=device), position, rows)
+        start = numbers(B) * rows
+        return Run(start, torch.full_like(start, rows), numbers(first, first + rows).repeat(B), rows)
     return tensors, (run(case.queries, case.keys - case.queries), run(case.visual, 0), run(case.text, case.visual))
 
 
@@ -128,35 +128,28 @@ def inputs(case: Case, G: int):
 
 def contestants(case: Case, G: int) -> dict:
     T, S = case.queries, case.keys
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    mask = torch.ones(T, S, dtype=torch.bool, device=DEVICE).tril(S - T)
     bias = None if T == 1 else causal_lower_right(T, S)
+    rule = create_block_mask(lambda b, h, q, k: k <= q + (S - T), None, None, T, S, device=DEVICE)
+    torch._dynamo.reset()  # or the ninth shape would run uncompiled
+    flex = torch.compile(flex_attention, dynamic=False)
+
+    def heads_first(attend, **how):
+        return lambda q, k, v: attend(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=k.shape[2] < H,
+                                      **how).transpose(1, 2)
 
     def sdpa(backend, bias):
-        def attend(q, k, v):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=bias,
-                                                      enable_gqa=k.shape[2] < H).transpose(1, 2)
-        return attend
+        return sdpa_kernel(backend)(heads_first(F.scaled_dot_product_attention, attn_mask=bias))
 
     found = {"flash": sdpa(SDPBackend.FLASH_ATTENTION, bias),
              "cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION, bias if T == S or T == 1 else mask),
-             "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION, bias), "flex": flex(T, S, device)}
+             "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION, bias), "flex": heads_first(flex, block_mask=rule)}
     try:
         from flash_attn import flash_attn_func
         found["flash-attn"] = functools.partial(flash_attn_func, causal=True)
     except ImportError:
         pass
     return found
-
-
-def flex(T: int, S: int, device: str):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    blocks = create_block_mask(lambda b, h, q, k: k <= q + (S - T), None, None, T, S, device=device)
-    torch._dynamo.reset()  # or the ninth shape would run uncompiled
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks,
-                                    enable_gqa=k.shape[2] < H).transpose(1, 2)
 
 
 def contest(attend, tensors: list[Tensor], gradient: Tensor, case: Case, want: Tensor, bound: float) -> float | str:
