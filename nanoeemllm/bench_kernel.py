@@ -93,15 +93,16 @@ def row(case: Case, G: int, matmul: float, copy: float) -> str:
 def checked(case: Case, tensors, runs, gradient, G: int) -> tuple[list[Tensor], float]:
     """The float64 truth of the heads that share key head 0, and how far off an output may be: twice what eager bfloat16
     is. Raises if one of the kernel's gradients is further off than twice the eager one."""
-    def of_first_heads(attend, dtype, shared):
-        part = [x.detach()[:, :n].to(dtype).requires_grad_() for x, n in zip(tensors, shared)]
+    group = H // G
+
+    def of_first_heads(attend, dtype):
+        part = [x.detach()[:, :heads].to(dtype).requires_grad_() for x, heads in zip(tensors, (group, 1, 1, 1, 1))]
         out = attend(*part, *runs)
-        grads = torch.autograd.grad(out, part, gradient[:, :shared[0]].to(dtype)) if case.backward else []
+        grads = torch.autograd.grad(out, part, gradient[:, :group].to(dtype)) if case.backward else []
         return [out.detach(), *grads]
-    shared = (H // G, 1, 1, 1, 1)
-    want = of_first_heads(attention_reference, torch.float64, shared)
-    eager = of_first_heads(attention_reference, torch.bfloat16, shared)
-    ours = of_first_heads(composite_attention, torch.bfloat16, shared)
+    want = of_first_heads(attention_reference, torch.float64)
+    eager = of_first_heads(attention_reference, torch.bfloat16)
+    ours = of_first_heads(composite_attention, torch.bfloat16)
     for name, w, e, o in zip(("out", "dq", "dk_visual", "dv_visual", "dk_text", "dv_text"), want, eager, ours):
         if not distance(o, w) <= 2 * distance(e, w):
             raise UserError(f"bench kernel: {name} at {case} is off by {distance(o, w):.1e}, eager PyTorch by "

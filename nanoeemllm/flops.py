@@ -21,16 +21,14 @@ def forward_operations(config: ModelConfig, layout: Layout, learned_rows: int) -
     """A packed batch -> operations by term: encoder, projector, text, visual (linear layers), own (those with weights
     of the path's own), text attention, visual attention, logits (of learned_rows rows). Sum them with .total()."""
     llama, path, count = config.llama, config.visual_path, Counter()
-    C, D = llama.hidden_size, llama.head_dim
+    C = llama.hidden_size
     for sample in _samples(layout):
         for layer in range(llama.num_hidden_layers):
-            count += _layer(llama, path, config.vision and config.vision.hidden_size, layer, *sample)
-    V = sum(h * w for h, w in layout.grids)
-    if config.vision is not None:
-        for h, w in layout.grids:
-            count["encoder"] += _encoder(config.vision, h * w)
+            count += _layer(config, layer, *sample)
+    for h, w in layout.grids:
+        count["encoder"] += _encoder(config.vision, h * w)
         if path.name != "saisa":
-            count["projector"] += 2 * V * C * (config.vision.hidden_size + C)
+            count["projector"] += 2 * h * w * C * (config.vision.hidden_size + C)
     count["logits"] += 2 * learned_rows * C * llama.vocab_size
     return count
 
@@ -56,8 +54,9 @@ def _samples(layout: Layout):
     return zip(layout.text.length.tolist(), pictures)
 
 
-def _layer(llama: LlamaConfig, path: VisualPathConfig, feature_width, layer: int, T: int, pictures: list) -> Counter:
-    """One layer and one sample."""
+def _layer(config: ModelConfig, layer: int, T: int, pictures: list[tuple[int, int, int]]) -> Counter:
+    """One layer and one sample of T text rows; pictures as _samples gives them."""
+    llama, path = config.llama, config.visual_path
     C, F, L = llama.hidden_size, llama.intermediate_size, llama.num_hidden_layers
     H, G, D = llama.num_attention_heads, llama.num_key_value_heads, llama.head_dim
     V, goes_on = sum(n for n, _, _ in pictures), layer < L - 1
@@ -65,24 +64,23 @@ def _layer(llama: LlamaConfig, path: VisualPathConfig, feature_width, layer: int
     pair = 4 * H * D
     count = Counter({"text": T * (query_out + key_value + ffn), "text attention": pair * T * (T + V),
                      "visual": V * key_value})
-    name = path.name
+    name, aligner = path.name, path.aligner
     if name == "eemllm-f":
-        name = "eemllm" if layer in path.composite_layers else "llava"
+        name, aligner = "eemllm" if layer in path.composite_layers else "llava", "vof"
 
     if name == "llava" and goes_on:
         count["visual"] += V * (query_out + ffn)
         count["visual attention"] += pair * V * (T + V)
     elif name == "eemllm" and goes_on:
-        aligner = "vof" if path.name == "eemllm-f" else path.aligner
         count["visual"] += V * (("o" in aligner) * query_out // 2 + ("f" in aligner) * ffn)
     elif name == "naavit" and goes_on:
         count["visual"] += V * ffn
-    elif name == "saisa":
-        count["own"] += V * 2 * C * (feature_width + C)
+    elif name == "saisa" and V:
+        count["own"] += 2 * V * C * (config.vision.hidden_size + C)
     elif name == "yopo":
         cut = path.visual_layers(llama)
-        kept = len(path.heads(llama, layer)) if layer < cut else 0
-        keys = len({head // (H // G) for head in path.heads(llama, layer)}) if layer < cut else 0
+        heads = path.heads(llama, layer) if layer < cut else ()
+        kept, keys = len(heads), len({head // (H // G) for head in heads})
         count["text attention"] = 4 * D * T * (H * T + kept * V)
         count["visual"] = V * key_value * keys // G
         if layer < cut - 1:
@@ -158,7 +156,7 @@ def statements() -> list[str]:
         "for the language model with 64 text tokens, whose own share is not saved."]
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list[str]):
     parser = argparse.ArgumentParser(prog="python -m nanoeemllm.bench flops", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=[n for n in PRESETS if PRESETS[n].vision], default="eemllm-7b-980")
@@ -183,7 +181,3 @@ def main(argv: list[str] | None = None):
     print()
     for line in statements():
         print(f"- {line}")
-
-
-if __name__ == "__main__":
-    main()

@@ -82,9 +82,7 @@ def _check(path: Path, trainer: dict, pieces: list) -> None:
 
 
 def _normalizer(spec: dict, space: str, prefix: bool) -> normalizers.Normalizer:
-    steps = []
-    if spec.get(2, [b""])[0]:
-        steps.append(normalizers.Precompiled(spec[2][0]))
+    steps = [normalizers.Precompiled(data) for data in spec.get(2, []) if data]
     if _number(spec, 4, 1):
         steps += [normalizers.Replace(Regex(rf"\A +|[ {space}]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if prefix:
@@ -96,12 +94,9 @@ def _normalizer(spec: dict, space: str, prefix: bool) -> normalizers.Normalizer:
 
 def _merges(pieces: list) -> list[tuple[str, str]]:
     score = {text: score for text, score, kind in pieces if kind == NORMAL}
-    by_score = defaultdict(list)
-    for text in score:
-        for cut in range(1, len(text)):
-            if text[:cut] in score and text[cut:] in score:
-                by_score[score[text]].append((text[:cut], text[cut:]))
-    return [pair for s in sorted(by_score, reverse=True) for pair in by_score[s]]
+    pairs = [(text[:cut], text[cut:]) for text in score for cut in range(1, len(text))
+             if text[:cut] in score and text[cut:] in score]
+    return sorted(pairs, key=lambda pair: -score[pair[0] + pair[1]])
 
 
 def _piece(fields: dict) -> tuple[str, float, int]:
