@@ -32,7 +32,6 @@ from nanoeemllm.visual_path import CompositePath
 
 DEFAULT_PROMPT = "describe the picture thing by thing."      # a sentence of the tiny world; others understand it too
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")        # what a folder is searched for
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 AT_ONCE = 16                                                 # pictures that --jsonl reads together
 
 
@@ -77,7 +76,7 @@ def main(argv: list[str] | None = None):
 
 def check(args):
     """What can be said before anything is loaded; sampling, layers and pictures as they will be used."""
-    args.sampling = {name: getattr(args, name) for name in SAMPLING}
+    args.sampling = {option.name: getattr(args, option.name) for option in dataclasses.fields(Sampling)}
     Sampling(**args.sampling)                                # raises what is wrong with them
     if any(not text.strip() for text in args.prompt):
         raise UserError("--prompt is empty: ask something")

@@ -22,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanoeemllm.config import ModelConfig, UserError, VisualPathConfig
+from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import Tokenizer
+from nanoeemllm.visual_path import learns_in_pretrain
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-PATH_WEIGHTS = re.compile(r"projector\.|decoder\.layers\.\d+\.(visual_projector|cross)\.")  # some paths have, some not
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -38,13 +39,12 @@ class Lazy(NamedTuple):
 
 
 def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str | VisualPathConfig | None = None,
-         new_parts: bool = False):
-    """folder -> EEMLLM. device: the GPU if there is one; dtype: as stored; visual_path: as configured. new_parts: to
+         new_parts: bool = False) -> EEMLLM:
+    """device: the GPU if there is one; dtype: as stored; visual_path: as configured. new_parts: to
     train another visual path, its own weights begin at random and the old path's are left out.
 
     Raises UserError for files that are missing, broken, or hold other tensors than config.json asks for.
     """
-    from nanoeemllm.model import EEMLLM  # here, because model.py re-exports load
     folder = Path(folder)
     config = ModelConfig.from_dict(read_json(folder / "config.json"))
     if visual_path is not None:
@@ -60,8 +60,9 @@ def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str
             state.update((name, file.get_tensor(name)) for name in listed(path, names, file.keys()))
     expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     if new_parts:
-        new = {name: shape for name, shape in expected.items() if PATH_WEIGHTS.match(name) and name not in state}
-        state = {name: x for name, x in state.items() if name in expected or not PATH_WEIGHTS.match(name)}
+        # what a visual path has of its own is what stage 1 trains
+        new = {name: shape for name, shape in expected.items() if learns_in_pretrain(name) and name not in state}
+        state = {name: x for name, x in state.items() if name in expected or not learns_in_pretrain(name)}
         state |= {name: x.to(device, next(iter(state.values())).dtype) for name, x in random_weights(new).items()}
     check_tensors(folder, expected, {name: tuple(x.shape) for name, x in state.items()})
     model.load_state_dict({name: state.pop(name).to(dtype=dtype) for name in list(state)}, assign=True)
