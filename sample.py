@@ -1,11 +1,11 @@
 """Asks a model about pictures.
 
-    python sample.py --image nanoeemllm/assets/cat.png                     the newest model under out/ describes it
-    python sample.py --image a.png --prompt "..." --prompt "..."           the second answer does not read the picture again
-    python sample.py --image a.png --image b.png --prompt "..."            several pictures; <image> in the prompt places them
-    python sample.py --image a.png --chat                                  a conversation: /image FILE, /reset, Ctrl-C, Ctrl-D
-    python sample.py --image a.png --attention map.png                     where it looks while it says each word
-    python sample.py --image FOLDER --jsonl                                a line of JSON a picture
+    python sample.py --image nanoeemllm/assets/cat.png           the newest model under out/ describes it
+    python sample.py --image a.png --prompt "..." --prompt "..."  the second answer does not read the picture again
+    python sample.py --image a.png --image b.png --prompt "..."  several pictures; <image> in the prompt places them
+    python sample.py --image a.png --chat                        a conversation: /image FILE, /reset, Ctrl-C, Ctrl-D
+    python sample.py --image a.png --attention map.png           where it looks while it says each word
+    python sample.py --image FOLDER --jsonl                      a line of JSON a picture
 """
 
 import argparse
@@ -48,14 +48,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--attention-layers", metavar="A-B", help="layers whose attention is drawn (all that see the picture)")
     add("--stats", action="store_true", help="time to first token, tokens/s and memory, on stderr")
     add("--device", help="cuda, mps or cpu (the first there is)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(bfloat16 on a GPU, else as the weights are stored)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(bfloat16 on a GPU, else as stored)")
     add = parser.add_argument_group("how the next token is chosen").add_argument
     add("--max-new-tokens", type=int, default=256)
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens (0: all)")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that reach this probability (1)")
-    add("--min-p", type=float, default=0.0, help="leave out tokens below this part of the likeliest one's probability (0)")
+    add("--min-p", type=float, default=0.0, help="leave out tokens under this part of the likeliest's probability (0)")
     add("--repetition-penalty", type=float, default=1.0, help="over 1 says the same less often (1)")
     add("--seed", type=int, default=0)
     add_visual_path_flags(parser)
@@ -129,7 +129,7 @@ def layers(text: str | None) -> slice:
 # ---- the model ----
 
 def newest_model(out: Path) -> Path:
-    """The last written folder under `out` that holds a whole model, encoder and all; the stages' backbones do not count."""
+    """The last written folder under `out` that holds a whole model, encoder and all, and is no stage's backbone."""
     found = [file for file in out.rglob("config.json") if (file.parent / "tokenizer.json").is_file()
              and not any(part.startswith((".", "backbone")) for part in file.relative_to(out).parts)]
     for file in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
@@ -234,12 +234,13 @@ def place_pictures(prompt: str, pictures: int) -> str:
     """The prompt with an <image> for every picture: where it says, or else in front."""
     placed = prompt.count(IMAGE_TEXT)
     if placed not in (0, pictures):
-        raise UserError(f"the prompt holds {placed} <image> but {pictures} picture(s) are named: give one --image for each")
+        raise UserError(f"the prompt holds {placed} <image> but {pictures} picture(s) are named: give one --image for "
+                        "each")
     return prompt if placed else (IMAGE_TEXT + "\n") * pictures + prompt
 
 
 def chat(speaker: Speaker):
-    """Questions of --prompt first, then a line of stdin a question. What goes wrong in one leaves the others standing."""
+    """Questions of --prompt first, then a line of stdin a question. What goes wrong in one leaves the others be."""
     speaker.images = [load_image(file) for file in speaker.args.image]
     turns, asked_about, line = [], 0, None                   # asked_about: pictures that stand in the turns
     for line in questions(speaker.args.prompt):

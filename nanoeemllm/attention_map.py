@@ -77,12 +77,12 @@ def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:
 
 
 def draw_attention(file: Path, model, ids: list[int], images: list, answer: list[int], layers: slice = slice(None)):
-    """A PNG: the pictures as the model sees them, then for each word the same with its heat over it, and the part of its
-    attention that went to them. layers: of those that see pictures. Of a long answer the first words are drawn."""
+    """A PNG: the pictures as the model sees them, then for each word the same with its heat over it, and the part of
+    its attention that went to them. layers: of those that see pictures. Of a long answer the first words are drawn."""
     attention = attention_to_pictures(model, ids, images, answer)
     if not len(attention[layers]):
-        raise UserError(f"--attention-layers: {len(attention)} layers look at the picture, numbered from 0; none is among those "
-                        "asked for")
+        raise UserError(f"--attention-layers: {len(attention)} layers look at the picture, numbered from 0; none is "
+                        "among those asked for")
     heat = attention[layers].mean(0)                                                          # (tokens, V)
     seen = [as_seen(image, model.config.vision) for image in images]
     panels = [("picture" if len(images) == 1 else "pictures", [picture for picture, _ in seen])]
