@@ -1,11 +1,11 @@
 """Asks a model about pictures.
 
-    python sample.py --image nanoeemllm/assets/cat.png           the newest model under out/ describes it
+    python sample.py --image nanoeemllm/assets/cat.png            the newest model under out/ describes it
     python sample.py --image a.png --prompt "..." --prompt "..."  the second answer does not read the picture again
-    python sample.py --image a.png --image b.png --prompt "..."  several pictures; <image> in the prompt places them
-    python sample.py --image a.png --chat                        a conversation: /image FILE, /reset, Ctrl-C, Ctrl-D
-    python sample.py --image a.png --attention map.png           where it looks while it says each word
-    python sample.py --image FOLDER --jsonl                      a line of JSON a picture
+    python sample.py --image a.png --image b.png --prompt "..."   several pictures; <image> in the prompt places them
+    python sample.py --image a.png --chat                         a conversation: /image FILE, /reset, Ctrl-C, Ctrl-D
+    python sample.py --image a.png --attention map.png            where it looks while it says each word
+    python sample.py --image FOLDER --jsonl                       a line of JSON a picture
 """
 
 import argparse
