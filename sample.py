@@ -133,7 +133,7 @@ def newest_model(out: Path) -> Path:
     found = [file for file in out.rglob("config.json") if (file.parent / "tokenizer.json").is_file()
              and not any(part.startswith((".", "backbone")) for part in file.relative_to(out).parts)]
     for file in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
-        if json.loads(file.read_text()).get("vision"):
+        if read_json(file).get("vision"):
             return file.parent
     raise UserError(f"no trained model under {out}/: make one with `python train.py`, or name a folder with --weights")
 
@@ -248,6 +248,8 @@ def chat(speaker: Speaker):
             command, _, rest = line.partition(" ")
             if command == "/reset":
                 turns, asked_about, speaker.images, speaker.pictures = [], 0, [], []
+            elif command == "/image" and speaker.model.config.vision is None:
+                raise UserError("this model has no image encoder: it reads text alone")
             elif command == "/image":
                 speaker.images.append(load_image(Path(rest.strip()).expanduser()))
             elif line.startswith("/"):

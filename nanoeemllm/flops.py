@@ -166,6 +166,8 @@ def main(argv: list[str]):
     paths = published_paths(config.llama)
     if args.visual_path:
         paths = {"llava": paths["llava"], args.visual_path: visual_path_from(args, paths[args.visual_path])}
+    else:
+        paths = {name: visual_path_from(args, path) for name, path in paths.items()}
     for path in paths.values():
         path.check(config.llama)
     cases = [(side, T, images) for T in (64, 256) for side, images in ((24, 1), (48, 1), (70, 1), (70, 2))]
