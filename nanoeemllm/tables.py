@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanoeemllm.backbone import make_backbones
+from nanoeemllm.backbone import make_backbones, tiny_config, tiny_tokenizer
 from nanoeemllm.checkpoint import load
-from nanoeemllm.command_line import run_command
+from nanoeemllm.command_line import run_command, visual_path_from
 from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
 from nanoeemllm.distributed import join
 from nanoeemllm.evaluate import evaluate_rows
@@ -120,7 +120,9 @@ def train_job(job: Job, args) -> Path:
 
 def score(asked: Asked, folder: Path, questions: int) -> dict:
     """Accuracy in percent on both splits, and the operations of a prefill of one question."""
-    model, accuracy = model_of(asked, folder), {}
+    model, accuracy = load(folder, "cpu", visual_path=asked.path).eval(), {}
+    if asked.size:
+        model = at_size(model, asked.size)
     for split in ("never-seen", "held-out"):
         asked_of = exam(WorldConfig(asked.size or asked.job.size), split, questions)
         rows = [{"image": e.picture, "question": e.question, "answer": e.answer} for e in asked_of]
@@ -131,29 +133,29 @@ def score(asked: Asked, folder: Path, questions: int) -> dict:
             "operations": count.total() - count["encoder"] - count["projector"], "encoder": count["encoder"]}
 
 
-def model_of(asked: Asked, folder: Path) -> EEMLLM:
-    model = load(folder, "cpu", visual_path=asked.path).eval()
-    return at_size(model, asked.size) if asked.size else model
-
-
 def prompt_of(model: EEMLLM, question: str) -> list[int]:
     return encode_prompt(model.tokenizer, "<image>\n" + question, model.config.chat_template)
 
 
 @torch.inference_mode()
-def time_prefills(out: Path) -> dict[str, float]:
-    """"row, column" of the paths' table -> milliseconds from a picture and a question to the first token's scores.
-    Paths take turns, so that a machine with other work on it disturbs all alike; the median of 50 turns."""
-    models = {place: model_of(asked, out / asked.job.name / "finetune") for place, asked in lines_of("paths", 0).items()}
-    times: dict[str, list[float]] = {}
+def time_prefills() -> dict[str, float]:
+    """"row, column" of the paths' table -> milliseconds from a picture and a question to the first token's scores, with
+    random weights. Paths take turns, so that a machine with other work on it disturbs all alike; the median of 50."""
+    models, times = {}, {}
+    for (row, column), asked in lines_of("paths", 0).items():
+        flags = train.parse(["--visual-path", asked.job.path, *asked.job.flags.split()])
+        config = tiny_config(WorldConfig(asked.job.size))
+        config = dataclasses.replace(config, visual_path=asked.path or visual_path_from(flags))
+        models[f"{row}, {column}"] = model = EEMLLM(config, tiny_tokenizer(config))
+        model.initialize()
     for turn in range(52):
-        for (row, column), model in models.items():
+        for place, model in models.items():
             e = exam(WorldConfig(model.config.vision.image_size), "held-out", 1)[0]
             ids = prompt_of(model, e.question)
             start = time.perf_counter()
             model.logits(ids, [e.picture])
             if turn > 1:
-                times.setdefault(f"{row}, {column}", []).append(1000 * (time.perf_counter() - start))
+                times.setdefault(place, []).append(1000 * (time.perf_counter() - start))
     return {place: round(statistics.median(found), 2) for place, found in times.items()}
 
 
@@ -259,7 +261,7 @@ def main(argv: list[str] | None = None):
                 print(f"\n{asked.name}", flush=True)
                 results.add("runs", {asked.name: score(asked, train_job(asked.job, args), args.questions)})
         if "paths" in tables and not args.draw:
-            results.add("prefill_ms", time_prefills(args.out))
+            results.add("prefill_ms", time_prefills())
     except Stopped:
         print("stopped; the same command goes on")
     for table in tables:

@@ -8,7 +8,7 @@ import torch
 from nanoeemllm.backbone import tiny_config
 from nanoeemllm.config import UserError
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.tables import LAYERS, Results, at_size, draw, lines_of, plot
+from nanoeemllm.tables import LAYERS, Results, at_size, draw, lines_of, plot, time_prefills
 from nanoeemllm.toy import WorldConfig
 
 SETTINGS = {"steps": [1, 1]}
@@ -59,3 +59,9 @@ def test_a_model_reads_larger_pictures_with_a_stretched_table():
     stretched = model.vision.position_embedding.weight
     assert stretched.shape == (256, 128) and stretched[:, 0].diff().gt(0).float().mean() > 0.9
     assert model.visual_tokens(torch.zeros(256, 192), [(16, 16)]).shape == (256, 128)
+
+
+def test_every_path_is_timed_at_both_sizes():
+    times = time_prefills()
+    assert {place.split(",")[0] for place in times} == {row for row, _ in lines_of("paths", 0)}
+    assert len(times) == 14 and all(ms > 0 for ms in times.values())
