@@ -141,19 +141,19 @@ def prompt_of(model: EEMLLM, question: str) -> list[int]:
 def time_prefills() -> dict[str, float]:
     """"row, column" of the paths' table -> milliseconds from a picture and a question to the first token's scores, with
     random weights. Paths take turns, so that a machine with other work on it disturbs all alike; the median of 50."""
-    models, times = {}, {}
+    asked_of, times = {}, {}
     for (row, column), asked in lines_of("paths", 0).items():
         flags = train.parse(["--visual-path", asked.job.path, *asked.job.flags.split()])
-        config = tiny_config(WorldConfig(asked.job.size))
+        world = WorldConfig(asked.job.size)
+        config = tiny_config(world)
         config = dataclasses.replace(config, visual_path=asked.path or visual_path_from(flags))
-        models[f"{row}, {column}"] = model = EEMLLM(config, tiny_tokenizer(config))
+        model, e = EEMLLM(config, tiny_tokenizer(config)), exam(world, "held-out", 1)[0]
         model.initialize()
+        asked_of[f"{row}, {column}"] = model, prompt_of(model, e.question), e.picture
     for turn in range(52):
-        for place, model in models.items():
-            e = exam(WorldConfig(model.config.vision.image_size), "held-out", 1)[0]
-            ids = prompt_of(model, e.question)
+        for place, (model, ids, picture) in asked_of.items():
             start = time.perf_counter()
-            model.logits(ids, [e.picture])
+            model.logits(ids, [picture])
             if turn > 1:
                 times.setdefault(place, []).append(1000 * (time.perf_counter() - start))
     return {place: round(statistics.median(found), 2) for place, found in times.items()}
@@ -219,7 +219,7 @@ def draw(table: str, results: Results, seeds: int) -> list[str]:
             line.append(spread([r["accuracy"] for r in found]) if found else "")
             if table == "paths":
                 line.append(f"{found[0]['operations'] / llava[0]['operations']:.2f}" if found and llava else "")
-                line.append(f"{results.data['prefill_ms'].get(f'{row}, {column}', '')}")
+                line.append(str(results.data["prefill_ms"].get(f"{row}, {column}", "")))
         lines.append(f"| {row} | " + " | ".join(line) + " |")
     return lines
 
