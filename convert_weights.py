@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from nanoeemllm.checkpoint import (Lazy, check_replaceable, check_tensors, is_model, listed, open_safetensors,
                                    random_weights, read_json, save, shards)
-from nanoeemllm.command_line import run_command
+from nanoeemllm.command_line import Parser, run_command
 from nanoeemllm.config import LlamaConfig, ModelConfig, UserError, VisionConfig, VisualPathConfig
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import TEMPLATES, Tokenizer
@@ -327,7 +327,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--llm", type=Path, help="folder of a Llama: " + ", ".join(LLM))
     parser.add_argument("--vision", type=Path, help="folder of an image encoder: " + ", ".join(VISION))
     parser.add_argument("--llava", type=Path, help="folder of a whole LLaVA-1.5, instead of the two above")

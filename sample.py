@@ -23,7 +23,8 @@ import torch
 
 from nanoeemllm.attention_map import draw_attention
 from nanoeemllm.checkpoint import load, read_json
-from nanoeemllm.command_line import add_visual_path_flags, run_command, visual_path_from
+from nanoeemllm.command_line import (Parser, add_visual_path_flags, device_from, positive, run_command,
+                                     visual_path_from)
 from nanoeemllm.config import ModelConfig, UserError
 from nanoeemllm.generation import Sampling, stream_text
 from nanoeemllm.image import load_image
@@ -36,7 +37,7 @@ AT_ONCE = 16                                                 # pictures that --j
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; give it again for more")
     add("--prompt", action="append", default=[], help=f'what to ask; give it again for more ("{DEFAULT_PROMPT}")')
@@ -50,14 +51,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cuda, mps or cpu (the first there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(bfloat16 on a GPU, else as stored)")
     add = parser.add_argument_group("how the next token is chosen").add_argument
-    add("--max-new-tokens", type=int, default=256)
+    add("--max-new-tokens", type=positive(int), default=256)
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens (0: all)")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that reach this probability (1)")
     add("--min-p", type=float, default=0.0, help="leave out tokens under this part of the likeliest's probability (0)")
     add("--repetition-penalty", type=float, default=1.0, help="over 1 says the same less often (1)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=positive(int, or_zero=True), default=0)
     add_visual_path_flags(parser)
     return parser.parse_args(argv)
 
@@ -82,8 +83,6 @@ def check(args):
         raise UserError("--prompt is empty: ask something")
     if not args.prompt and not args.image and not args.chat:
         raise UserError("nothing to answer: name a picture with --image, or ask something with --prompt")
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it must be 1 or more")
     if args.chat + args.jsonl + (args.attention is not None) > 1:
         raise UserError("--chat, --jsonl and --attention do not go together: give one of them")
     if args.chat and sys.stdin is None:
@@ -143,18 +142,13 @@ def load_model(args):
     config = ModelConfig.from_dict(read_json(folder / "config.json"))
     if args.image and config.vision is None:
         raise UserError(f"{folder} has no image encoder: leave --image out, or name another model with --weights")
-    device = args.device or ("cuda" if torch.cuda.is_available() else
-                             "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device}: this machine has none; leave it out, or give cpu") from None
+    device = device_from(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else torch.bfloat16 if device.startswith("cuda") else None
     model = load(folder, device, dtype, visual_path_from(args, config.visual_path)).eval()
-    if args.chat_template:
-        model.config = dataclasses.replace(model.config, chat_template=args.chat_template)
     if device == "cpu" and args.dtype is None and model.dtype == torch.float16:
         model.float()                                        # CPUs have no fast float16
+    if args.chat_template:
+        model.config = dataclasses.replace(model.config, chat_template=args.chat_template)
     return model
 
 

@@ -17,7 +17,6 @@ number of processes too. --dry-run tells beforehand what a stage needs and costs
 import argparse
 import dataclasses
 import errno
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ import numpy as np
 from nanoeemllm import ModelConfig, UserError, load
 from nanoeemllm.backbone import make_backbones, tiny_config, tiny_tokenizer
 from nanoeemllm.checkpoint import read_json
-from nanoeemllm.command_line import add_visual_path_flags, run_command, visual_path_from
+from nanoeemllm.command_line import Parser, add_visual_path_flags, positive, run_command, visual_path_from
 from nanoeemllm.config import PRESETS
 from nanoeemllm.conversations import describe_problems
 from nanoeemllm.data import Loader, Mixture, Plan, count_tokens, encode_sample, open_mixture, token_cost
@@ -51,17 +50,17 @@ MICRO_BATCH_TOKENS = 8192    # a 7B model's activations of them take about 40 GB
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--stage", choices=("all", "backbone", "pretrain", "finetune"), default="all")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="where the stages' folders go (out)")
     add("--init", type=Path, metavar="DIR", help="model folder to start from (the stage before's)")
     add_visual_path_flags(parser)
-    add("--steps", type=_positive(int), help="optimizer steps of the stage")
-    add("--batch-size", type=_positive(int), help="samples a step, over all processes")
-    add("--lr", type=_positive(float), help="highest learning rate")
-    add("--seed", type=int, default=0)
-    add("--checkpoint-every", type=_positive(int), default=500, metavar="STEPS", help="(500)")
+    add("--steps", type=positive(int), help="optimizer steps of the stage")
+    add("--batch-size", type=positive(int), help="samples a step, over all processes")
+    add("--lr", type=positive(float), help="highest learning rate")
+    add("--seed", type=positive(int, or_zero=True), default=0)
+    add("--checkpoint-every", type=positive(int), default=500, metavar="STEPS", help="(500)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--force", action="store_true", help="train anew what --out holds already")
     add("--device", help="cuda, mps or cpu (the first there is)")
@@ -73,17 +72,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     data("--data", action="append", metavar="FILE[:WEIGHT]", help="LLaVA's JSON; several files are mixed by weight")
     data("--images", metavar="DIR", help="the folder that the pictures' names are relative to")
     data("--val-data", action="append", metavar="FILE", help="held-out conversations, measured at every checkpoint")
-    data("--epochs", type=_positive(float), default=1.0, help="instead of --steps (1)")
-    data("--max-length", type=_positive(int), help="tokens a sample; turns beyond are cut off (the model's context)")
-    data("--micro-batch-tokens", type=_positive(int), metavar="N",
+    data("--epochs", type=positive(float), default=1.0, help="instead of --steps (1)")
+    data("--max-length", type=positive(int), help="tokens a sample; turns beyond are cut off (the model's context)")
+    data("--micro-batch-tokens", type=positive(int), metavar="N",
          help=f"a micro-batch's, visual ones counted by what they cost ({MICRO_BATCH_TOKENS})")
-    data("--workers", type=int, metavar="N", help="processes that prepare batches, for each process that trains (4)")
-    data("--max-bad", type=float, default=0.01, metavar="PART", help="samples that may be unusable (0.01)")
+    data("--workers", type=positive(int, or_zero=True), metavar="N", help="processes that prepare batches, for each process that trains (4)")
+    data("--max-bad", type=positive(float, or_zero=True), default=0.01, metavar="PART", help="samples that may be unusable (0.01)")
 
     dry = parser.add_argument_group("--dry-run").add_argument
     dry("--dry-run", action="store_true", help="print what the stage needs and costs, and end")
-    dry("--gpus", type=_positive(int), default=8, help="(8)")
-    dry("--mfu", type=_positive(float), default=0.5, help="part of the GPUs' peak that is reached (0.5)")
+    dry("--gpus", type=positive(int), default=8, help="(8)")
+    dry("--mfu", type=positive(float), default=0.5, help="part of the GPUs' peak that is reached (0.5)")
     dry("--preset", choices=PRESETS, help="a model that is not there yet; needs --assume")
     dry("--assume", metavar="SAMPLES,TEXT,VISUAL", help="data that is not there yet: how many, and tokens of each")
 
@@ -97,16 +96,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.preset and not args.assume:
         parser.error("--preset has no tokenizer: add --assume SAMPLES,TEXT,VISUAL")
     return args
-
-
-def _positive(number: type) -> Callable:
-    def parse(text: str):
-        value = number(text)
-        if not 0 < value < math.inf:
-            raise ValueError
-        return value
-    parse.__name__ = f"positive {number.__name__}"       # argparse tells it: invalid positive int value
-    return parse
 
 
 def main(args: argparse.Namespace):

@@ -24,7 +24,7 @@ import torch
 
 from nanoeemllm.bench_systems import OLD, Clock, Question, System
 from nanoeemllm.checkpoint import load
-from nanoeemllm.command_line import run_command
+from nanoeemllm.command_line import Parser, device_from, positive, run_command
 from nanoeemllm.config import PRESETS, ModelConfig, UserError
 from nanoeemllm.flops import SIDES, forward_operations, prompt, published_paths
 from nanoeemllm.plot import line_chart
@@ -43,35 +43,27 @@ def main(argv: list[str] | None = None):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m nanoeemllm.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "python -m nanoeemllm.bench")
     parser.add_argument("what", choices=("prefill", "decode", "flops", "train", "kernel"))
     add = parser.add_argument
     add("--preset", choices=[n for n in PRESETS if PRESETS[n].vision], help="(eemllm-7b-980 on a GPU, else eemllm-300m)")
     add("--weights", type=Path, metavar="DIR", help="a model folder instead of a preset")
     add("--systems", nargs="+", metavar="PATH", help=f"visual paths, {OLD} or all (llava-2024 llava eemllm)")
     add("--visual", nargs="+", type=int, choices=SIDES, help="visual tokens a picture (on a GPU 576 2304 4900, else 2304)")
-    add("--images", nargs="+", type=int, help="pictures (on a GPU 1 2, else 1)")
-    add("--text", type=int, default=64, help="text tokens of a prompt (64)")
-    add("--tokens", type=int, default=256, help="decode: of the longest answer (256)")
-    add("--runs", type=int, default=5, help="rounds (5)")
+    add("--images", nargs="+", type=positive(int), help="pictures (on a GPU 1 2, else 1)")
+    add("--text", type=positive(int), default=64, help="text tokens of a prompt (64)")
+    add("--tokens", type=positive(int), default=256, help="decode: of the longest answer (256)")
+    add("--runs", type=positive(int), default=5, help="rounds (5)")
     add("--device", choices=("cuda", "cpu"), help="(cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="(bfloat16 on a GPU, else float32)")
     add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="for the JSON file and the plot")
     args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = args.device == "cuda"
-    if gpu and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has none; leave it out, or give cpu")
+    args.device = device_from(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    gpu = args.device.startswith("cuda")
     args.preset = args.preset or ("eemllm-7b-980" if gpu else "eemllm-300m")
     args.visual = args.visual or (list(SIDES) if gpu else [2304])
     args.images = args.images or ([1, 2] if gpu else [1])
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
-    for name in ("text", "tokens", "runs"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be 1 or more, not {getattr(args, name)}")
-    if min(args.images) < 1:
-        raise UserError(f"--images must be 1 or more, not {min(args.images)}")
     return args
 
 

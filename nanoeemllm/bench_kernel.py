@@ -10,7 +10,6 @@ the rule in float64. A call is recorded as a CUDA graph, so the clock sees the G
 flushed between calls; figures are medians.
 """
 
-import argparse
 import functools
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from nanoeemllm.attention import Run, attention_reference, composite_attention
+from nanoeemllm.command_line import Parser
 from nanoeemllm.config import UserError
 
 H, D, DEVICE = 32, 128, "cuda"
@@ -56,8 +56,7 @@ CASES = [*(Case("prefill", batch, 256, 4900, 256) for batch in (1, 4, 16)),
 
 
 def main(argv: list[str]):
-    argparse.ArgumentParser(prog="python -m nanoeemllm.bench kernel", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    Parser(__doc__, "python -m nanoeemllm.bench kernel").parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("bench kernel times a GPU and found no CUDA device: run it on a machine that has one")
     import triton

@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 import torch.distributed as dist
 
+from nanoeemllm.command_line import Parser, positive
 from nanoeemllm.config import IMAGE_TOKEN, PRESETS, VISUAL_PATHS, UserError, VisualPathConfig
 from nanoeemllm.data import Packed, Sample
 from nanoeemllm.distributed import join, spread
@@ -51,16 +52,15 @@ def main(argv: list[str] | None = None):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m nanoeemllm.bench train", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "python -m nanoeemllm.bench train")
     add = parser.add_argument
     add("--preset", choices=[name for name in PRESETS if PRESETS[name].vision], default="tiny")
     add("--paths", nargs="+", choices=VISUAL_PATHS, default=["llava", "eemllm"])
     add("--stages", nargs="+", choices=("pretrain", "finetune"), default=["pretrain", "finetune"])
-    add("--visual", nargs="+", type=int, default=[64, 256], help="visual tokens a sample (64 256)")
-    add("--text", type=int, default=64, help="text tokens a sample (64)")
-    add("--samples", type=int, default=8, help="a step and micro-batch (8)")
-    add("--steps", type=int, default=10, help="timed, after two that are not (10)")
+    add("--visual", nargs="+", type=positive(int), default=[64, 256], help="visual tokens a sample (64 256)")
+    add("--text", type=positive(int), default=64, help="text tokens a sample (64)")
+    add("--samples", type=positive(int), default=8, help="a step and micro-batch (8)")
+    add("--steps", type=positive(int), default=10, help="timed, after two that are not (10)")
     add("--checkpoint-activations", action="store_true")
     add("--compile", action="store_true")
     add("--device")
@@ -114,7 +114,3 @@ def product_rate(device: torch.device, n: int = 1024) -> float:
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - start)
     return 2 * n ** 3 / best
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,15 @@
-"""What all commands share: how they end, and the flags that choose a visual path."""
+"""What all commands share: how they read flags and end, and the flags that choose a device and a visual path."""
 
+import argparse
+import contextlib
 import dataclasses
+import math
+import os
 import re
 import sys
+from collections.abc import Callable
+
+import torch
 
 from nanoeemllm.config import VISUAL_PATHS, UserError, VisualPathConfig
 
@@ -18,17 +25,50 @@ def run_command(main):
         sys.exit(130)
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, with a help text that keeps its lines, and one line for what is wrong."""
+
+    def __init__(self, description: str, prog: str | None = None):
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help tells more)")
+
+
+def positive(number: type, or_zero: bool = False) -> Callable:
+    """A type for argparse: an int or a float over 0, or not under it."""
+    def parse(text: str):
+        with contextlib.suppress(ValueError):
+            value = number(text)
+            if 0 < value < math.inf or (or_zero and value == 0):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is no {number.__name__} {'of 0 or more' if or_zero else 'over 0'}")
+    return parse
+
+
+def device_from(name: str | None) -> str:
+    """The device that --device names, or the first there is. Under torchrun every process has a GPU of its own. Raises
+    UserError for a device that this machine lacks."""
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name}: this machine has none; leave it out, or give cpu") from None
+    return device
+
+
 def add_visual_path_flags(parser):
     """The flags of every script that makes or loads a model; visual_path_from reads them."""
     add = parser.add_argument_group("what happens to visual tokens (visual_path.py)").add_argument
     add("--visual-path", choices=VISUAL_PATHS, help="default: the model's own")
     add("--aligner", metavar="LETTERS", help="eemllm: some of v, o, f, or '' for none (vof)")
     add("--composite-layers", metavar="LAYERS", help="eemllm-f: as in 16-31 or 0,2,5-7")
-    add("--window", type=int, metavar="W", help="yopo: neighbours W x W (5)")
-    add("--ffn-ratio", type=int, metavar="R", help="yopo: the first 1/R of the FFN's neurons (2)")
-    add("--last-visual-layer", type=int, metavar="L_CUT", help="yopo: no visual keys from this layer on (half of them)")
-    add("--prune-heads", type=int, metavar="N", help="yopo: heads pruned in each layer but the first two (0)")
-    add("--every", type=int, metavar="K", help="flamingo: a gated block every K layers (4)")
+    add("--window", type=positive(int), metavar="W", help="yopo: neighbours W x W (5)")
+    add("--ffn-ratio", type=positive(int), metavar="R", help="yopo: the first 1/R of the FFN's neurons (2)")
+    add("--last-visual-layer", type=positive(int), metavar="L_CUT", help="yopo: no visual keys from this layer on (half of them)")
+    add("--prune-heads", type=positive(int, or_zero=True), metavar="N", help="yopo: heads pruned in each layer but the first two (0)")
+    add("--every", type=positive(int), metavar="K", help="flamingo: a gated block every K layers (4)")
 
 
 def visual_path_from(args, base: VisualPathConfig | None = None) -> VisualPathConfig:
@@ -37,9 +77,6 @@ def visual_path_from(args, base: VisualPathConfig | None = None) -> VisualPathCo
              "last_visual_layer": args.last_visual_layer, "prune_heads": args.prune_heads, "every": args.every,
              "composite_layers": args.composite_layers and _layers(args.composite_layers)}
     given = {key: value for key, value in given.items() if value is not None}
-    for key, value in given.items():
-        if type(value) is int and value < (key != "prune_heads"):
-            raise UserError(f"--{key.replace('_', '-')} must be a positive whole number, not {value}")
     if "prune_heads" in given:
         given |= {"prune_heads": given["prune_heads"] or None, "kept_heads": ()}    # chosen for another number
     return dataclasses.replace(base or VisualPathConfig(), **given)

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from nanoeemllm import checkpoint
+from nanoeemllm.command_line import device_from
 from nanoeemllm.config import UserError
 from nanoeemllm.model import EEMLLM
 
@@ -81,12 +82,11 @@ class Group:
 @contextlib.contextmanager
 def join(device: str | None):
     """Gives the Group of the processes that torchrun has started, or of this one alone. device: the best there is."""
-    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = device_from(device)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
     backend = "nccl" if device.startswith("cuda") else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(device)
     if size > 1:
         dist.init_process_group(backend)
     elif backend == "nccl":                                # FSDP2 is what computes in bfloat16, on one GPU too

@@ -33,7 +33,8 @@ from tqdm import tqdm
 from nanoeemllm.benchmark import TSV, as_list, detect, read_answers, write_answers
 from nanoeemllm.calibrate import choose_heads, measure
 from nanoeemllm.checkpoint import load, read_json
-from nanoeemllm.command_line import add_visual_path_flags, run_command, visual_path_from
+from nanoeemllm.command_line import (Parser, add_visual_path_flags, device_from, positive, run_command,
+                                     visual_path_from)
 from nanoeemllm.config import ModelConfig, UserError, VisualPathConfig
 from nanoeemllm.data import patch_grid
 from nanoeemllm.image import load_image
@@ -201,27 +202,22 @@ def table(lines: dict[str, dict[str, float]]) -> str:
 # ---- the command ----
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "python -m nanoeemllm.evaluate")
     add = parser.add_argument
     add("--weights", type=Path, required=True, metavar="DIR", help="model folder")
     add("--tsv", type=Path, required=True, metavar="FILE", help="benchmark file")
     add("--metric", choices=METRICS, help="how answers are scored (found from the file's name and columns)")
     add("--images", type=Path, metavar="DIR", help="folder that image_path is relative to (the file's own)")
     add("--out", type=Path, metavar="DIR", help="where answers and results go (WEIGHTS/eval/NAME)")
-    add("--limit", type=int, metavar="N", help="the first N rows alone")
-    add("--max-new-tokens", type=int, default=128, help="longest answer (128)")
-    add("--batch-tokens", type=int, default=16384, help="tokens asked together, text, visual and new (16384)")
-    add("--device", help="cuda, mps or cpu (cuda if there is one)")
+    add("--limit", type=positive(int), metavar="N", help="the first N rows alone")
+    add("--max-new-tokens", type=positive(int), default=128, help="longest answer (128)")
+    add("--batch-tokens", type=positive(int), default=16384, help="tokens asked together, text, visual and new (16384)")
+    add("--device", help="cuda, mps or cpu (the first there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(bfloat16 on a GPU, else as the weights are)")
     add_visual_path_flags(parser)
     add("--calibrate-heads", action="store_true", help="no scores: choose the heads that yopo prunes (calibrate.py)")
     args = parser.parse_args(argv)
-    for name in ("limit", "max_new_tokens", "batch_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 1 or more")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.device = device_from(args.device)
     if args.dtype is None and args.device.startswith("cuda"):
         args.dtype = "bfloat16"
     return args
@@ -280,10 +276,6 @@ def describe(path: VisualPathConfig) -> str:
 
 
 def open_model(args, path: VisualPathConfig):
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {args.device}: this machine has none; leave it out, or give cpu") from None
     model = load(args.weights, args.device, args.dtype and getattr(torch, args.dtype), path).eval()
     if args.device == "cpu" and args.dtype is None and model.dtype == torch.float16:
         model.float()                                               # CPUs have no fast float16

@@ -8,11 +8,10 @@ n queries over m keys in all heads: 4 n m H D, the whole rectangle, as the paper
 part that no query may see. Last layer's visual tokens are not carried further in any path; the papers' formulas do it.
 """
 
-import argparse
 import dataclasses
 from collections import Counter
 
-from nanoeemllm.command_line import add_visual_path_flags, visual_path_from
+from nanoeemllm.command_line import Parser, add_visual_path_flags, visual_path_from
 from nanoeemllm.config import IMAGE_TOKEN, PRESETS, LlamaConfig, ModelConfig, VisualPathConfig
 from nanoeemllm.layout import Layout, build_layout
 
@@ -157,8 +156,7 @@ def statements() -> list[str]:
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(prog="python -m nanoeemllm.bench flops", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "python -m nanoeemllm.bench flops")
     parser.add_argument("--preset", choices=[n for n in PRESETS if PRESETS[n].vision], default="eemllm-7b-980")
     add_visual_path_flags(parser)
     args = parser.parse_args(argv)

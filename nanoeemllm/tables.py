@@ -10,7 +10,6 @@ results file and is not done again; a run that was stopped goes on from its chec
 same command again. --draw prints the tables and draws the plot from the results alone.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -23,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from nanoeemllm.backbone import make_backbones, tiny_config, tiny_tokenizer
-from nanoeemllm.checkpoint import load
-from nanoeemllm.command_line import run_command, visual_path_from
+from nanoeemllm.checkpoint import load, read_json
+from nanoeemllm.command_line import Parser, positive, run_command, visual_path_from
 from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
 from nanoeemllm.distributed import join
 from nanoeemllm.evaluate import evaluate_rows
@@ -180,7 +179,7 @@ class Results:
 
     def read(self):
         if self.file.exists():
-            self.data = json.loads(self.file.read_text())
+            self.data |= read_json(self.file)
 
     @property
     def runs(self) -> dict[str, dict]:
@@ -239,16 +238,15 @@ def plot(results: Results, seeds: int, file: Path):
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(prog="python -m nanoeemllm.tables", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, "python -m nanoeemllm.tables")
     add = parser.add_argument
     add("table", choices=("paths", "aligner", "composite", "data", "all"))
     add("--out", type=Path, default=Path("out/tables"), metavar="DIR", help="where the runs are (out/tables)")
     add("--results", type=Path, default=Path(__file__).parent / "assets/tables.json", metavar="FILE")
-    add("--seeds", type=int, default=3)
-    add("--pretrain-steps", type=int, default=300)
-    add("--finetune-steps", type=int, default=800)
-    add("--questions", type=int, default=700, help="of each split (700)")
+    add("--seeds", type=positive(int), default=3)
+    add("--pretrain-steps", type=positive(int), default=300)
+    add("--finetune-steps", type=positive(int), default=800)
+    add("--questions", type=positive(int), default=700, help="of each split (700)")
     add("--draw", action="store_true", help="print what there is, train nothing")
     args = parser.parse_args(argv)
     settings = {"steps": [args.pretrain_steps, args.finetune_steps], "batch_size": BATCH, "questions": args.questions}

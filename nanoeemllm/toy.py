@@ -19,7 +19,6 @@ whatever the colour, on a thing. So a shape is seen in a colour it never had in 
     python -m nanoeemllm.toy --export-tsv FILE -n 500    a benchmark file with VLMEvalKit's columns
 """
 
-import argparse
 import base64
 import csv
 import functools
@@ -36,7 +35,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tqdm import tqdm
 
-from nanoeemllm.command_line import run_command
+from nanoeemllm.command_line import Parser, positive, run_command
 from nanoeemllm.config import UserError
 
 GROUND = (255, 255, 255)
@@ -359,16 +358,16 @@ def exam(world: WorldConfig, split: str, n: int) -> list[Exam]:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m nanoeemllm.toy", description="Writes the tiny world to files.")
+    parser = Parser("Writes the tiny world to files.", "python -m nanoeemllm.toy")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--export", type=Path, metavar="DIR", help="LLaVA's JSON and a folder of PNGs")
     where.add_argument("--export-tsv", type=Path, metavar="FILE", help="a benchmark file, one question a line")
-    parser.add_argument("-n", type=int, default=2000, help="pictures, or lines of a benchmark file")
+    parser.add_argument("-n", type=positive(int), default=2000, help="pictures, or lines of a benchmark file")
     parser.add_argument("--split", choices=SPLITS, help="default: train for --export, held-out for --export-tsv")
     parser.add_argument("--picture-size", type=int, default=WorldConfig.picture_size)
     parser.add_argument("--max-things", type=int, default=WorldConfig.max_things)
     parser.add_argument("--hardness", type=int, default=WorldConfig.hardness)
-    parser.add_argument("--seed", type=int, default=WorldConfig.seed)
+    parser.add_argument("--seed", type=positive(int, or_zero=True), default=WorldConfig.seed)
     args = parser.parse_args()
     world = WorldConfig(args.picture_size, args.max_things, args.hardness, args.seed)
     try:

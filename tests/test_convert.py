@@ -359,7 +359,7 @@ def test_command_line(tmp_path):
     failed = run("--llm", SOURCES / "nothing", "--out", "other")
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
     for args in (["--llava", "a", "--llm", "b"], ["--vision", "a"], ["--llava", "a", "--vision", "b"], []):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError, match="give either|required"):
             convert_weights.parse([*args, "--out", "other"])
 
 

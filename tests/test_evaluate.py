@@ -317,7 +317,7 @@ def test_limit_metric_and_the_report(tmp_path, weights, capsys):
         run(folder, write_tsv(tmp_path / "bad.tsv", COLUMNS, [[i, "", "q", "r", "b", "", "A", ""] for i in range(6)]))
     with pytest.raises(UserError, match="has no rows"):
         run(folder, write_tsv(tmp_path / "none.tsv", COLUMNS, []))
-    with pytest.raises(UserError, match="--limit is 0"):
+    with pytest.raises(UserError, match="--limit: '0' is no int over 0"):
         run(folder, tsv, "--limit", "0")
 
 

@@ -79,11 +79,11 @@ def test_what_is_missing_is_said(tmp_path, arguments, message):
         call(*arguments, "--out", tmp_path)
 
 
-@pytest.mark.parametrize("arguments", [["--data", "x.json"], ["--steps", "0"], ["--lr", "nan"], ["--preset", "tiny"]])
+@pytest.mark.parametrize("arguments", [["--data", "x.json"], ["--steps", "0"], ["--lr", "nan"], ["--preset", "tiny"],
+                                       ["--seed", "-1"], ["--workers", "-1"], ["--max-bad", "-0.1"]])
 def test_values_that_make_no_sense(arguments):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(UserError, match=arguments[0]):
         train.parse(arguments)
-    assert error.value.code == 2
 
 
 def test_unusable_conversations_are_told_before_the_first_step(world, tmp_path, capsys):
