@@ -17,6 +17,7 @@ number of processes too. --dry-run tells beforehand what a stage needs and costs
 import argparse
 import dataclasses
 import errno
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,8 +77,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     data("--max-length", type=positive(int), help="tokens a sample; turns beyond are cut off (the model's context)")
     data("--micro-batch-tokens", type=positive(int), metavar="N",
          help=f"a micro-batch's, visual ones counted by what they cost ({MICRO_BATCH_TOKENS})")
-    data("--workers", type=positive(int, or_zero=True), metavar="N", help="processes that prepare batches, for each process that trains (4)")
-    data("--max-bad", type=positive(float, or_zero=True), default=0.01, metavar="PART", help="samples that may be unusable (0.01)")
+    data("--workers", type=positive(int, or_zero=True), metavar="N",
+         help="processes that prepare batches, for each process that trains (4)")
+    data("--max-bad", type=positive(float, or_zero=True), default=0.01, metavar="PART",
+         help="samples that may be unusable (0.01)")
 
     dry = parser.add_argument_group("--dry-run").add_argument
     dry("--dry-run", action="store_true", help="print what the stage needs and costs, and end")
@@ -93,6 +96,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data and args.stage not in ("pretrain", "finetune"):
         parser.error("--data is for one stage: add --stage pretrain or --stage finetune")
+    if (args.preset or args.assume) and not args.dry_run:
+        parser.error("--preset and --assume are for --dry-run: add it, or leave them out")
     if args.preset and not args.assume:
         parser.error("--preset has no tokenizer: add --assume SAMPLES,TEXT,VISUAL")
     return args
@@ -140,6 +145,8 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: G
         group.first_alone(lambda: make_backbones(start, world))
 
     config = folder_config(start, args, world)
+    if stage == "pretrain" and config.vision is None:
+        raise UserError(f"{start} has no image encoder, so stage 1 has nothing to train: give --init a model that sees")
     tokenizer = Tokenizer(start / "tokenizer.json") if (start / "config.json").exists() else tiny_tokenizer(config)
     data = open_data(stage, args, world, config, tokenizer, group)
     if args.dry_run:
@@ -246,10 +253,9 @@ def stage_config(stage: str, args: argparse.Namespace, samples: int | None = Non
 
 def dry_run(stage: str, args: argparse.Namespace, config: ModelConfig, data: Data | None) -> list[str]:
     if data is None:
-        try:
-            samples, text, visual = map(int, args.assume.split(","))
-        except ValueError:
-            raise UserError(f"--assume {args.assume}: give three whole numbers, as in 558000,60,4900") from None
+        if not re.fullmatch(r"0*[1-9]\d*,0*[1-9]\d*,\d+", args.assume, re.ASCII):
+            raise UserError(f"--assume {args.assume}: give three whole numbers, as in 558000,60,4900")
+        samples, text, visual = map(int, args.assume.split(","))
         settings = stage_config(stage, args, samples)
         measures = [Measure(text, text // 2, [(1, visual)] if visual else [])]
     else:

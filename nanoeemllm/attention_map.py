@@ -25,15 +25,16 @@ def attention_to_pictures(model, ids: list[int], images: list, answer: list[int]
     grids = [prepare_image(image, model.config.vision)[1] for image in images]
     _, layout = build_layout([ids], [grids])
     said_at = layout.text.position[-1].item() + torch.arange(len(answer))       # a token is said by the row before it
-    with _recording(said_at, layout.visual.position) as layers:
+    with _recording(said_at, layout.visual.position, model.config.llama.num_attention_heads) as layers:
         model.logits(ids + answer[:-1], images)
     return torch.stack(layers)
 
 
 @contextlib.contextmanager
-def _recording(said_at: Tensor, picture_at: Tensor):
+def _recording(said_at: Tensor, picture_at: Tensor, heads: int):
     """A list to which each call of attention, in every layer, adds (len(said_at), len(picture_at)): what the rows at
-    these positions pay to the keys at those, a mean over heads. Calls that see no picture add nothing."""
+    these positions pay to the keys at those, a mean over all heads: those that a path prunes pay nothing. Calls that see
+    no picture add nothing."""
     layers, attention = [], visual_path.composite_attention
 
     def record(q, k_visual, v_visual, k_text, v_text, query, visual, text):
@@ -43,7 +44,7 @@ def _recording(said_at: Tensor, picture_at: Tensor):
         shown, key = (picture_at.to(q.device)[:, None] == position).nonzero(as_tuple=True)
         sees = (_samples(query)[row] @ sample.T > 0) & (position <= query.position[row, None])          # (said, keys)
         scores = torch.einsum("qhd,khd->hqk", q[row].float(), keys) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill(~sees, -torch.inf).softmax(-1).nan_to_num().mean(0)
+        weights = scores.masked_fill(~sees, -torch.inf).softmax(-1).nan_to_num().sum(0) / heads
         heat = torch.zeros(len(said_at), len(picture_at))
         heat[said[:, None].cpu(), shown.cpu()] = weights[:, key].cpu()
         if heat.any():

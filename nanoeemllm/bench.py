@@ -13,6 +13,7 @@ operations (flops.py) over the rate of a large matrix product, the bytes of a st
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import platform
@@ -24,9 +25,9 @@ import torch
 
 from nanoeemllm.bench_systems import OLD, Clock, Question, System
 from nanoeemllm.checkpoint import load
-from nanoeemllm.command_line import Parser, device_from, positive, run_command
+from nanoeemllm.command_line import Parser, add_visual_path_flags, device_from, positive, run_command
 from nanoeemllm.config import PRESETS, ModelConfig, UserError
-from nanoeemllm.flops import SIDES, forward_operations, prompt, published_paths
+from nanoeemllm.flops import SIDES, forward_operations, paths_from, prompt, visual_key_heads
 from nanoeemllm.plot import line_chart
 
 LENGTHS = (2, 8, 32, 64, 256)                     # tokens of an answer
@@ -57,6 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), help="(cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="(bfloat16 on a GPU, else float32)")
     add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="for the JSON file and the plot")
+    add_visual_path_flags(parser)
     args = parser.parse_args(argv)
     args.device = device_from(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = args.device.startswith("cuda")
@@ -75,8 +77,9 @@ def systems_of(args) -> list[System]:
             raise UserError(f"{args.weights} has no image encoder: there is nothing to compare")
     else:
         config, pool = PRESETS[args.preset], {}
-    names = args.systems or [OLD, "llava", "eemllm"]
-    known = [OLD, *published_paths(config.llama)]
+    paths = paths_from(args, config)
+    names = args.systems or (list(paths) if args.visual_path else [OLD, "llava", "eemllm"])
+    known = [OLD, *paths]
     names = known if names == ["all"] else names
     for name in names:
         if name not in known:
@@ -85,7 +88,8 @@ def systems_of(args) -> list[System]:
         raise UserError(f"this encoder makes {config.vision.grid_size ** 2} visual tokens of every picture: give --visual "
                         f"{config.vision.grid_size ** 2}")
     torch.manual_seed(0)
-    return [System(name, config, pool, args) for name in names]
+    paths[OLD] = paths["llava"]
+    return [System(name, dataclasses.replace(config, visual_path=paths[name]), pool, args) for name in names]
 
 
 def rounds(systems: list[System], cases: list[tuple[int, int]], args, measure) -> dict:
@@ -122,11 +126,11 @@ def prefill(args):
     for (case, name), runs in rounds(systems, cases, args, measure).items():
         system = next(s for s in systems if s.name == name)
         times = {part: statistics.median(run[part] for run in runs) for part in runs[0]}
-        operations = forward_operations(system.config, prompt(args.text, SIDES[case[0]], case[1]), 1)
-        inside = operations.total() - operations["encoder"] - operations["projector"]
-        rows.append({"system": name, "visual": case[0], "images": case[1], **times, "operations": inside,
-                     "operations_seen": seen_operations(system.config, operations, args.text, case),
-                     "runs": runs})
+        layout = prompt(args.text, SIDES[case[0]], case[1])
+        counts = [forward_operations(system.config, layout, 1, seen) for seen in (False, True)]
+        inside = [count.total() - count["encoder"] - count["projector"] for count in counts]
+        rows.append({"system": name, "visual": case[0], "images": case[1], **times, "operations": inside[0],
+                     "operations_seen": inside[1], "runs": runs})
     print(heading(args, f"prefill, {args.text} text tokens; ms, medians of {args.runs}"))
     print(f"A large matrix product runs at {rate / 1e12:.2f}e12 operations/s: the floor of prefill.\n")
     print(table(["visual", "system", "vision", "prefill", "first token", "together", "prefill : llava", "operations : llava",
@@ -145,20 +149,6 @@ def prefill_row(row: dict, rows: list[dict], rate: float) -> list[str]:
     return [_visual(row), row["system"], *(f"{row[part]:,.1f}" for part in ("vision", "prefill", "first token", "total")),
             ratio("prefill"), ratio("operations"), ratio("operations_seen"),
             f"{row['prefill'] / 1000 / (row['operations_seen'] / rate):.2f}", *second]
-
-
-def seen_operations(config: ModelConfig, operations, text: int, case: tuple[int, int]) -> int:
-    """operations without encoder and projector, and without the pairs of query and key that the rule hides."""
-    V, L, H, D = case[0] * case[1], config.llama.num_hidden_layers, config.llama.num_attention_heads, config.llama.head_dim
-    count = operations.total() - operations["encoder"] - operations["projector"]
-    layout = prompt(text, SIDES[case[0]], case[1])
-    hidden = lambda queries, keys: sum((keys > q).sum().item() for q in queries)
-    position, visual = layout.text.position, layout.visual.position
-    of_text = hidden(position, position) + (hidden(position, visual) if config.visual_path.name != "flamingo" else 0)
-    count -= 4 * H * D * L * of_text
-    if config.visual_path.name == "llava":
-        count -= 4 * H * D * (L - 1) * (V * (V - 1) // 2 + hidden(visual, position))
-    return count
 
 
 def matmul_rate(config: ModelConfig, args) -> float:
@@ -216,14 +206,15 @@ def decode(args):
 
 
 def step_bytes(system: System, case: tuple[int, int], args) -> int:
-    """What a step has to read: every weight of the language model but the embedding, and all keys and values there are,
-    half-way through the answer."""
+    """What a step has to read: every weight of the language model but the embedding, and all keys and values that its
+    text sees, half-way through the answer."""
     decoder, llama = system.model.decoder, system.config.llama
     weights = sum(p.numel() for name, p in decoder.named_parameters()
                   if llama.tie_word_embeddings or not name.startswith("embed_tokens"))
-    keys = 2 * llama.num_hidden_layers * llama.num_key_value_heads * llama.head_dim
-    rows = case[0] * case[1] + args.text + args.tokens // 2
-    return args.dtype.itemsize * (weights + keys * rows)
+    seen = 1 if system.config.visual_path.name == "flamingo" else case[1]        # its last picture alone
+    visual = seen * case[0] * sum(visual_key_heads(system.config, layer) for layer in range(llama.num_hidden_layers))
+    text = (args.text + args.tokens // 2) * llama.num_hidden_layers * llama.num_key_value_heads
+    return args.dtype.itemsize * (weights + 2 * llama.head_dim * (visual + text))
 
 
 # ---- what is shown ----

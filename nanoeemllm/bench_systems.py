@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nanoeemllm import visual_path
 from nanoeemllm.config import ModelConfig
-from nanoeemllm.flops import SIDES, prompt, published_paths
+from nanoeemllm.flops import SIDES, prompt
 from nanoeemllm.generation import Sampling, Stop, generate_steps
 from nanoeemllm.layout import Layout
 from nanoeemllm.model import EEMLLM
@@ -24,11 +24,8 @@ class System:
 
     def __init__(self, name: str, config: ModelConfig, pool: dict[str, Tensor], args):
         self.name, self.old = name, name == OLD
-        path = published_paths(config.llama)["llava" if self.old else name]
-        if config.visual_path.name == name:
-            path = config.visual_path
         positions = max(config.llama.max_position_embeddings, 2 ** 15)         # random prompts may be long
-        self.config = dataclasses.replace(config, visual_path=path, llama=dataclasses.replace(
+        self.config = dataclasses.replace(config, llama=dataclasses.replace(
             config.llama, max_position_embeddings=positions))
         with torch.device("meta"):
             self.model = EEMLLM(self.config).to(args.dtype)

@@ -20,11 +20,11 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 import torch.distributed as dist
 
-from nanoeemllm.command_line import Parser, positive
+from nanoeemllm.command_line import Parser, add_visual_path_flags, positive
 from nanoeemllm.config import IMAGE_TOKEN, PRESETS, VISUAL_PATHS, UserError, VisualPathConfig
 from nanoeemllm.data import Packed, Sample
 from nanoeemllm.distributed import join, spread
-from nanoeemllm.flops import published_paths, training_operations
+from nanoeemllm.flops import paths_from, training_operations
 from nanoeemllm.model import EEMLLM, collate
 from nanoeemllm.training import TrainConfig, accumulate, freeze_for, make_optimizer, memory_gb, peak_operations, update
 
@@ -34,17 +34,21 @@ def main(argv: list[str] | None = None):
     for visual in args.visual:
         if math.isqrt(visual) ** 2 != visual:
             raise UserError(f"--visual {visual}: give the patches of a square picture, as in {math.isqrt(visual) ** 2}")
-    config = PRESETS[args.preset]
+    paths = paths_from(args, PRESETS[args.preset])
+    names = args.paths or (list(paths) if args.visual_path else ["llava", "eemllm"])
+    for name in names:
+        if name not in paths:
+            raise UserError(f"--paths {name}: with --visual-path known are {', '.join(paths)}")
     print(f"{args.preset}, {args.samples} samples of {args.text} text tokens a step"
           + (", activations checkpointed" if args.checkpoint_activations else "") + (", compiled" if args.compile else ""))
     print("| stage | visual tokens | path | ms a step | to the first | tokens/s | operations a step | MFU | peak memory |\n|---"
           + "|---" * 8 + "|")
     for stage, visual in itertools.product(args.stages, args.visual):
         first = None
-        for name in args.paths:
-            path = published_paths(config.llama)[name]
+        for name in names:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-                seconds, operations, peak, gigabytes = alone.submit(measure, args, stage, path, math.isqrt(visual)).result()
+                case = alone.submit(measure, args, stage, paths[name], math.isqrt(visual))
+                seconds, operations, peak, gigabytes = case.result()
             first = first or seconds
             print(f"| {stage} | {visual} | {name} | {1e3 * seconds:,.0f} | {seconds / first:.2f} | "
                   f"{args.samples * (args.text + visual) / seconds:,.0f} | {operations:.3g} | "
@@ -55,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m nanoeemllm.bench train")
     add = parser.add_argument
     add("--preset", choices=[name for name in PRESETS if PRESETS[name].vision], default="tiny")
-    add("--paths", nargs="+", choices=VISUAL_PATHS, default=["llava", "eemllm"])
+    add("--paths", nargs="+", choices=VISUAL_PATHS, help="(llava eemllm)")
     add("--stages", nargs="+", choices=("pretrain", "finetune"), default=["pretrain", "finetune"])
     add("--visual", nargs="+", type=positive(int), default=[64, 256], help="visual tokens a sample (64 256)")
     add("--text", type=positive(int), default=64, help="text tokens a sample (64)")
@@ -64,6 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint-activations", action="store_true")
     add("--compile", action="store_true")
     add("--device")
+    add_visual_path_flags(parser)
     return parser.parse_args(argv)
 
 

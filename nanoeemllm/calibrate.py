@@ -4,8 +4,9 @@
 
 The model is run as `llava` over a calibration set. In every layer and head, for every sample, the attention that falls
 on visual keys is divided by that on text keys, both summed over all rows of the sample. A head is pruned where most
-samples find this ratio under a threshold, in the layers from 2 on. The threshold is the one that prunes --prune-heads
-heads a layer on the average. The choice goes into the folder's config.json: `--visual-path yopo` then uses it.
+samples find this ratio under a threshold, in the layers from 2 to the last that has visual keys. The threshold is the
+one that prunes --prune-heads heads a layer of these on the average. The choice goes into the folder's config.json:
+`--visual-path yopo` then uses it.
 """
 
 from collections.abc import Iterable
@@ -53,17 +54,18 @@ def measure(model, prompts: Iterable[tuple[list[int], list]]) -> Tensor:
     return torch.stack(ratios).unflatten(0, (-1, len(hooks))).cpu()
 
 
-def choose_heads(ratios: Tensor, pruned: int) -> tuple[tuple[tuple[int, ...], ...], float]:
-    """Ratios (samples, L, H) -> the heads kept in every layer, and the threshold.
+def choose_heads(ratios: Tensor, pruned: int, cut: int) -> tuple[tuple[tuple[int, ...], ...], float]:
+    """Ratios (samples, L, H) -> the heads kept in every layer, and the threshold. cut: L_cut, from which on no head sees
+    a picture and none is pruned.
 
     Most samples are under a threshold iff the one in the middle is, so a head's vote is that ratio. Every layer keeps
     at least the head that looks most.
     """
     S, L, H = ratios.shape
     vote = ratios.sort(0).values[S // 2]                                                          # (L, H)
-    count = min(pruned, H - 1) * max(0, L - FIRST)
-    threshold = vote[FIRST:].flatten().sort().values[count].item() if count else 0.0
+    among = vote[FIRST:cut].flatten().sort().values
+    threshold = among[min(pruned, H - 1) * len(among) // H].item() if len(among) else 0.0
     keep = vote >= threshold
-    keep[:FIRST] = True
+    keep[:FIRST] = keep[cut:] = True
     keep[torch.arange(L), vote.argmax(1)] = True
     return tuple(tuple(row.nonzero().flatten().tolist()) for row in keep), threshold

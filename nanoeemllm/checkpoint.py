@@ -47,6 +47,7 @@ def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str
     """
     folder = Path(folder)
     config = ModelConfig.from_dict(read_json(folder / "config.json"))
+    trained = config.visual_path
     if visual_path is not None:
         if isinstance(visual_path, str):
             visual_path = dataclasses.replace(config.visual_path, name=visual_path)
@@ -64,6 +65,9 @@ def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str
         new = {name: shape for name, shape in expected.items() if learns_in_pretrain(name) and name not in state}
         state = {name: x for name, x in state.items() if name in expected or not learns_in_pretrain(name)}
         state |= {name: x.to(device, next(iter(state.values())).dtype) for name, x in random_weights(new).items()}
+    elif config.visual_path != trained and any(map(learns_in_pretrain, expected.keys() ^ state.keys())):
+        raise UserError(f"{folder} was trained as {trained.name}; {config.visual_path.name} as asked for has other weights of "
+                        f"its own: train them with train.py --stage pretrain --init {folder} and the same visual path")
     check_tensors(folder, expected, {name: tuple(x.shape) for name, x in state.items()})
     model.load_state_dict({name: state.pop(name).to(dtype=dtype) for name in list(state)}, assign=True)
     return model

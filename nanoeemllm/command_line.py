@@ -14,6 +14,10 @@ import torch
 from nanoeemllm.config import VISUAL_PATHS, UserError, VisualPathConfig
 
 
+SETTINGS = {"eemllm": ("aligner",), "eemllm-f": ("composite_layers",),        # each path's own flags
+            "yopo": ("window", "ffn_ratio", "last_visual_layer", "prune_heads"), "flamingo": ("every",)}
+
+
 def run_command(main):
     """Runs a script's main(). A UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
@@ -63,31 +67,43 @@ def add_visual_path_flags(parser):
     add = parser.add_argument_group("what happens to visual tokens (visual_path.py)").add_argument
     add("--visual-path", choices=VISUAL_PATHS, help="default: the model's own")
     add("--aligner", metavar="LETTERS", help="eemllm: some of v, o, f, or '' for none (vof)")
-    add("--composite-layers", metavar="LAYERS", help="eemllm-f: as in 16-31 or 0,2,5-7")
+    add("--composite-layers", type=_layers, metavar="LAYERS", help="eemllm-f: as in 16-31 or 0,2,5-7")
     add("--window", type=positive(int), metavar="W", help="yopo: neighbours W x W (5)")
     add("--ffn-ratio", type=positive(int), metavar="R", help="yopo: the first 1/R of the FFN's neurons (2)")
-    add("--last-visual-layer", type=positive(int), metavar="L_CUT", help="yopo: no visual keys from this layer on (half of them)")
-    add("--prune-heads", type=positive(int, or_zero=True), metavar="N", help="yopo: heads pruned in each layer but the first two (0)")
+    add("--last-visual-layer", type=positive(int), metavar="L_CUT", help="yopo: no visual keys from this layer (half)")
+    add("--prune-heads", type=positive(int, or_zero=True), metavar="N",
+        help="yopo: heads pruned in each layer but the first two (0)")
     add("--every", type=positive(int), metavar="K", help="flamingo: a gated block every K layers (4)")
 
 
+def settings_from(args, name: str) -> dict:
+    """What the flags say of this path's own settings."""
+    return {key: getattr(args, key) for key in SETTINGS.get(name, ()) if getattr(args, key) is not None}
+
+
 def visual_path_from(args, base: VisualPathConfig | None = None) -> VisualPathConfig:
-    """The path that the flags ask for: base (a loaded model's, or the default) with what was given changed."""
-    given = {"name": args.visual_path, "aligner": args.aligner, "window": args.window, "ffn_ratio": args.ffn_ratio,
-             "last_visual_layer": args.last_visual_layer, "prune_heads": args.prune_heads, "every": args.every,
-             "composite_layers": args.composite_layers and _layers(args.composite_layers)}
-    given = {key: value for key, value in given.items() if value is not None}
-    if "prune_heads" in given:
-        given |= {"prune_heads": given["prune_heads"] or None, "kept_heads": ()}    # chosen for another number
-    return dataclasses.replace(base or VisualPathConfig(), **given)
+    """The path that the flags ask for: base (a loaded model's, or the default) with what was given changed. Raises
+    UserError for a setting of another path."""
+    base = base or VisualPathConfig()
+    name = args.visual_path or base.name
+    for other in SETTINGS:
+        if other != name and settings_from(args, other):
+            flag = next(iter(settings_from(args, other))).replace("_", "-")
+            raise UserError(f"--{flag} is a setting of {other}, and the visual path is {name}: add --visual-path {other}")
+    given = settings_from(args, name)
+    if given.get("prune_heads") == 0:
+        given["prune_heads"] = None
+    if given.get("prune_heads", base.prune_heads) != base.prune_heads:
+        given["kept_heads"] = ()                             # chosen for another number
+    return dataclasses.replace(base, name=name, **given)
 
 
 def _layers(text: str) -> tuple[int, ...]:
     """"0,2,5-7" -> (0, 2, 5, 6, 7)"""
     layers = set()
     for part in text.split(","):
-        if not re.fullmatch(r"\d+(-\d+)?", part):
-            raise UserError(f"--composite-layers {text!r}: give layers as in 16-31 or 0,2,5-7")
         first, _, last = part.partition("-")
+        if not re.fullmatch(r"\d+(-\d+)?", part, re.ASCII) or int(last or first) < int(first):
+            raise argparse.ArgumentTypeError(f"{text!r}: give layers as in 16-31 or 0,2,5-7")
         layers |= set(range(int(first), int(last or first) + 1))
     return tuple(sorted(layers))

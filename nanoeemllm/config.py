@@ -130,6 +130,10 @@ class VisualPathConfig:
     def check(self, llama: LlamaConfig):
         """Raises UserError where the settings do not fit the language model."""
         L, H = llama.num_hidden_layers, llama.num_attention_heads
+        narrow = H * llama.head_dim != llama.hidden_size
+        if self.name == "eemllm" and narrow and ("v" in self.aligner) != ("o" in self.aligner):
+            raise UserError(f"aligner {self.aligner!r}: W_V and W_O alone do not fit a layer whose {H} heads of "
+                            f"{llama.head_dim} are not {llama.hidden_size} wide; give both or none of v and o")
         if self.name == "eemllm-f" and not self.composite_layers:
             raise UserError(f"eemllm-f needs its composite layers: --composite-layers {L // 2}-{L - 1}")
         if self.composite_layers and max(self.composite_layers) >= L:
@@ -138,6 +142,8 @@ class VisualPathConfig:
             raise UserError(f"last visual layer {self.last_visual_layer}, but the model has {L} layers")
         if self.kept_heads and len(self.kept_heads) != L:
             raise UserError(f"kept_heads has {len(self.kept_heads)} layers, the model {L}: calibrate anew")
+        if any(list(kept) != sorted(set(kept)) for kept in self.kept_heads):
+            raise UserError("kept_heads must be rising numbers in every layer: calibrate anew")
         if (self.prune_heads or 0) >= H or any(not kept or max(kept) >= H for kept in self.kept_heads):
             raise UserError(f"each layer must keep at least one of its heads 0 to {H - 1}")
         if self.ffn_ratio > llama.intermediate_size:

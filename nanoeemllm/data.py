@@ -21,6 +21,7 @@ import multiprocessing
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from nanoeemllm.config import IMAGE_TOKEN, ModelConfig, UserError, VisionConfig
 from nanoeemllm.conversations import ConversationFile, pictures_of
+from nanoeemllm.flops import sample_operations
 from nanoeemllm.image import load_image, native_size, prepare_image
 from nanoeemllm.model import Batch, collate
 from nanoeemllm.prompt import Tokenizer, encode_conversation
@@ -156,29 +158,18 @@ def patch_grid(picture: str | Image.Image, vision: VisionConfig) -> tuple[int, i
 def token_cost(config: ModelConfig) -> Callable[[int, list[int]], float]:
     """Training work of a sample, in units of one text token's linear layers: f(text tokens, visual tokens per picture).
 
-    Two operations a weight and row, and 4 H D a pair of query and key, so 2 H D weights; the decoder runs forward and
-    backward, 3 times a forward pass, the frozen encoder forward alone. Made to compare samples; bench.py counts exactly
-    (eemllm-f and yopo are taken for llava here, of which they save a part).
+    The decoder runs forward and backward, 3 times a forward pass, the frozen encoder forward alone. Pictures are taken
+    to stand in front, with equal parts of the text behind them.
     """
-    llama, vision, path = config.llama, config.vision, config.visual_path
-    width, heads = llama.hidden_size, llama.num_attention_heads * llama.head_dim
-    query_and_out, ffn = 2 * width * heads, 3 * width * llama.intermediate_size
-    key_value = 2 * width * llama.num_key_value_heads * llama.head_dim
-    text_row = query_and_out + key_value + ffn
-    aligner = ("o" in path.aligner) * query_and_out // 2 + ("f" in path.aligner) * ffn
-    visual_row = {"eemllm": key_value + aligner, "naavit": key_value + ffn, "flamingo": key_value,
-                  "saisa": key_value + width * (vision.hidden_size + width) if vision else 0}.get(path.name, text_row)
-    attends = path.name in ("llava", "eemllm-f", "yopo")
-    patch_row = 4 * vision.hidden_size ** 2 + 2 * vision.hidden_size * vision.intermediate_size if vision else 0
+    one_token = sample_operations(config, 1, [])["text"]
+
+    @functools.lru_cache(65536)                                  # many samples have the same lengths
+    def operations(text: int, pictures: tuple[int, ...]) -> Counter:
+        return sample_operations(config, text, [(n, 0, text // len(pictures)) for n in pictures], seen=True)
 
     def cost(text: int, pictures: list[int]) -> float:
-        visual = sum(pictures)
-        pairs = text ** 2 / 2 + text * visual + attends * visual ** 2 / 2
-        work = text * text_row + visual * visual_row + 2 * heads * pairs
-        if vision and visual:
-            patch_pairs = 2 * vision.hidden_size * sum(n ** 2 for n in pictures)
-            work += (visual * patch_row + patch_pairs) * vision.num_hidden_layers / llama.num_hidden_layers / 3
-        return work / text_row
+        count = operations(text, tuple(pictures))
+        return (count.total() - count["encoder"] * 2 / 3) / one_token
     return cost
 
 

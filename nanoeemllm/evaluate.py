@@ -229,12 +229,14 @@ def main(argv: list[str] | None = None):
     config = ModelConfig.from_dict(read_json(args.weights / "config.json"))
     if config.vision is None:
         raise UserError(f"{args.weights} has no image encoder: give --weights a model that sees")
-    path = visual_path_from(args, config.visual_path)
+    path = config.visual_path
+    path = visual_path_from(args, dataclasses.replace(path, name="yopo") if args.calibrate_heads else path)
     tsv = TSV(args.tsv, args.limit, args.images, quiet=rank > 0)
     if not len(tsv):
         raise UserError(f"{args.tsv} has no rows under its first line")
     metric = args.metric or detect(args.tsv.stem, tsv.columns)
     if args.calibrate_heads:
+        path = dataclasses.replace(path, name=args.visual_path or config.visual_path.name)     # the folder's own stays
         return calibrate_heads(args, tsv, metric, path)
     settings = {
         "weights": str(args.weights.resolve()), "written": (args.weights / "config.json").stat().st_mtime,
@@ -296,7 +298,7 @@ def calibrate_heads(args, tsv: TSV, metric: str, path: VisualPathConfig):
                 continue
             yield asked.ids, asked.images
 
-    kept, threshold = choose_heads(measure(model, prompts()), path.prune_heads)
+    kept, threshold = choose_heads(measure(model, prompts()), path.prune_heads, path.visual_layers(model.config.llama))
     config = dataclasses.replace(model.config, visual_path=dataclasses.replace(path, kept_heads=kept))
     write_aside(args.weights / "config.json", json.dumps(config.to_dict(), indent=2).encode())
     for layer, heads in enumerate(kept):

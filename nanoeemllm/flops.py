@@ -11,24 +11,30 @@ part that no query may see. Last layer's visual tokens are not carried further i
 import dataclasses
 from collections import Counter
 
-from nanoeemllm.command_line import Parser, add_visual_path_flags, visual_path_from
+from nanoeemllm.command_line import Parser, add_visual_path_flags, settings_from, visual_path_from
 from nanoeemllm.config import IMAGE_TOKEN, PRESETS, LlamaConfig, ModelConfig, VisualPathConfig
 from nanoeemllm.layout import Layout, build_layout
 
 
-def forward_operations(config: ModelConfig, layout: Layout, learned_rows: int) -> Counter:
+def forward_operations(config: ModelConfig, layout: Layout, learned_rows: int, seen: bool = False) -> Counter:
     """A packed batch -> operations by term: encoder, projector, text, visual (linear layers), own (those with weights
-    of the path's own), text attention, visual attention, logits (of learned_rows rows). Sum them with .total()."""
-    llama, path, count = config.llama, config.visual_path, Counter()
-    C = llama.hidden_size
-    for sample in _samples(layout):
-        for layer in range(llama.num_hidden_layers):
-            count += _layer(config, layer, *sample)
-    for h, w in layout.grids:
-        count["encoder"] += _encoder(config.vision, h * w)
-        if path.name != "saisa":
-            count["projector"] += 2 * h * w * C * (config.vision.hidden_size + C)
-    count["logits"] += 2 * learned_rows * C * llama.vocab_size
+    of the path's own), text attention, visual attention, logits (of learned_rows rows). Sum them with .total().
+    seen: attention over the pairs alone of which the query may see the key, which is what kernels compute."""
+    count = Counter({"logits": 2 * learned_rows * config.llama.hidden_size * config.llama.vocab_size})
+    for text, pictures in _samples(layout):
+        count += sample_operations(config, text, pictures, seen)
+    return count
+
+
+def sample_operations(config: ModelConfig, text: int, pictures: list[tuple[int, int, int]], seen: bool = False) -> Counter:
+    """One sample, without logits. Of each picture: its patches, the text rows before it, those to the next picture."""
+    count = Counter()
+    for layer in range(config.llama.num_hidden_layers):
+        count += _layer(config, layer, text, pictures, seen)
+    for n, _, _ in pictures:
+        count["encoder"] += _encoder(config.vision, n)
+        if config.visual_path.name != "saisa":
+            count["projector"] += 2 * n * config.llama.hidden_size * (config.vision.hidden_size + config.llama.hidden_size)
     return count
 
 
@@ -46,51 +52,62 @@ def training_operations(config: ModelConfig, layout: Layout, learned_rows: int, 
 
 
 def _samples(layout: Layout):
-    """Per sample: text rows, and of each picture its patches, the text rows before it, those to the next picture."""
+    """Per sample what sample_operations asks for."""
     pictures = [[] for _ in range(layout.num_samples)]
     for p in layout.pictures:
         pictures[p.sample].append((p.grid[0] * p.grid[1], p.before.stop - p.before.start, p.after.stop - p.after.start))
     return zip(layout.text.length.tolist(), pictures)
 
 
-def _layer(config: ModelConfig, layer: int, T: int, pictures: list[tuple[int, int, int]]) -> Counter:
-    """One layer and one sample of T text rows; pictures as _samples gives them."""
+def _layer(config: ModelConfig, layer: int, T: int, pictures: list[tuple[int, int, int]], seen: bool) -> Counter:
+    """One layer and one sample of T text rows."""
     llama, path = config.llama, config.visual_path
     C, F, L = llama.hidden_size, llama.intermediate_size, llama.num_hidden_layers
     H, G, D = llama.num_attention_heads, llama.num_key_value_heads, llama.head_dim
-    V, goes_on = sum(n for n, _, _ in pictures), layer < L - 1
     query_out, key_value, ffn = 2 * (2 * C * H * D), 2 * (2 * C * G * D), 2 * (3 * C * F)      # a row
-    pair = 4 * H * D
-    count = Counter({"text": T * (query_out + key_value + ffn), "text attention": pair * T * (T + V),
-                     "visual": V * key_value})
+    pair, goes_on = 4 * D, layer < L - 1                                                       # pair: in one head
+
+    V, seen_before = sum(n for n, _, _ in pictures), sum(n * before for n, before, _ in pictures)
+    text_text = T * (T + 1) // 2 if seen else T * T
+    text_visual = T * V - seen_before if seen else T * V
+    of_visual = V * (V + 1) // 2 + seen_before if seen else V * (T + V)
+
+    count = Counter({"text": T * (query_out + key_value + ffn), "text attention": H * pair * (text_text + text_visual),
+                     "visual": V * key_value * visual_key_heads(config, layer) // G})
     name, aligner = path.name, path.aligner
     if name == "eemllm-f":
         name, aligner = "eemllm" if layer in path.composite_layers else "llava", "vof"
 
     if name == "llava" and goes_on:
         count["visual"] += V * (query_out + ffn)
-        count["visual attention"] += pair * V * (T + V)
+        count["visual attention"] = H * pair * of_visual
     elif name == "eemllm" and goes_on:
         count["visual"] += V * (("o" in aligner) * query_out // 2 + ("f" in aligner) * ffn)
     elif name == "naavit" and goes_on:
         count["visual"] += V * ffn
     elif name == "saisa" and V:
-        count["own"] += 2 * V * C * (config.vision.hidden_size + C)
+        count["own"] = 2 * V * C * (config.vision.hidden_size + C)
     elif name == "yopo":
         cut = path.visual_layers(llama)
-        heads = path.heads(llama, layer) if layer < cut else ()
-        kept, keys = len(heads), len({head // (H // G) for head in heads})
-        count["text attention"] = 4 * D * T * (H * T + kept * V)
-        count["visual"] = V * key_value * keys // G
+        kept = len(path.heads(llama, layer)) if layer < cut else 0
+        count["text attention"] = pair * (H * text_text + kept * text_visual)
         if layer < cut - 1:
             count["visual"] += V * (query_out * kept // H + 2 * 3 * C * (F // path.ffn_ratio))
-            count["visual attention"] = 4 * D * kept * sum(n * (path.window ** 2 + t) for n, t, _ in pictures)
+            count["visual attention"] = pair * kept * (V * path.window ** 2 + seen_before)
     elif name == "flamingo":
         block = (layer + 1) % path.every == 0
-        count["own"] += block * (T * (query_out + ffn) + V * key_value)
-        count["text attention"] = pair * (T * T + block * sum(n * after for n, _, after in pictures))
-        count["visual"] = 0
+        count["own"] = block * T * (query_out + ffn) + count.pop("visual")
+        count["text attention"] = H * pair * (text_text + block * sum(n * after for n, _, after in pictures))
     return count
+
+
+def visual_key_heads(config: ModelConfig, layer: int) -> int:
+    """How many of a layer's key heads have visual keys."""
+    llama, path = config.llama, config.visual_path
+    if path.name == "yopo":
+        heads = path.heads(llama, layer) if layer < path.visual_layers(llama) else ()
+        return len({head * llama.num_key_value_heads // llama.num_attention_heads for head in heads})
+    return llama.num_key_value_heads * (path.name != "flamingo" or (layer + 1) % path.every == 0)
 
 
 def _encoder(vision, n: int) -> int:
@@ -122,6 +139,19 @@ def published_paths(llama: LlamaConfig) -> dict[str, VisualPathConfig]:
             "yopo": VisualPathConfig("yopo", window=5, ffn_ratio=2, last_visual_layer=max(1, L // 2),
                                      prune_heads=H * 3 // 4 or None),
             "flamingo": VisualPathConfig("flamingo", every=min(4, L))}
+
+
+def paths_from(args, config: ModelConfig) -> dict[str, VisualPathConfig]:
+    """All paths, as published or, the model's own, as it is, and as the flags change them; with --visual-path that one
+    beside llava."""
+    paths = published_paths(config.llama) | {config.visual_path.name: config.visual_path}
+    if args.visual_path:
+        paths = {"llava": paths["llava"], args.visual_path: visual_path_from(args, paths[args.visual_path])}
+    else:
+        paths = {name: dataclasses.replace(path, **settings_from(args, name)) for name, path in paths.items()}
+    for path in paths.values():
+        path.check(config.llama)
+    return paths
 
 
 def relative(config: ModelConfig, path: VisualPathConfig, layout: Layout, encoder: bool = False) -> tuple[float, int]:
@@ -161,13 +191,7 @@ def main(argv: list[str]):
     add_visual_path_flags(parser)
     args = parser.parse_args(argv)
     config = PRESETS[args.preset]
-    paths = published_paths(config.llama)
-    if args.visual_path:
-        paths = {"llava": paths["llava"], args.visual_path: visual_path_from(args, paths[args.visual_path])}
-    else:
-        paths = {name: visual_path_from(args, path) for name, path in paths.items()}
-    for path in paths.values():
-        path.check(config.llama)
+    paths = paths_from(args, config)
     cases = [(side, T, images) for T in (64, 256) for side, images in ((24, 1), (48, 1), (70, 1), (70, 2))]
 
     for encoder, what in ((False, "the language model, as the papers count"), (True, "with encoder and projector")):

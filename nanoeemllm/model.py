@@ -81,15 +81,17 @@ class EEMLLM(nn.Module):
         return self.decoder.norm.weight.dtype
 
     def initialize(self):
-        """Random weights, for training from nothing: normal with spread 0.02, biases 0; the matrices that write into
-        the residual stream are scaled down by the square root of their number (GPT-2)."""
+        """Random weights, for training from nothing: normal with spread 0.02, biases and gates 0, norms 1; the matrices
+        that write into the residual stream are scaled down by the square root of their number (GPT-2)."""
         for name, p in self.named_parameters():
-            if name.endswith("bias") or name.endswith("class_embedding"):
+            if name.endswith(("bias", "class_embedding", "_gate")):
                 nn.init.zeros_(p)
             elif p.dim() > 1:
                 layers = (self.config.vision if name.startswith("vision") else self.config.llama).num_hidden_layers
                 writes = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if writes else 0.02)
+            else:
+                nn.init.ones_(p)
 
     # ---- training ----
 

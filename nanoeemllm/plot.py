@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
 _WIDTH, _HEIGHT = 1600, 960                   # drawn twice as large as it is written: smooth lines
 _LEFT, _RIGHT, _TOP, _BOTTOM, _KEY = 144, 40, 80, 104, 340
+_MARGIN = 20                                  # between the first and last points and the frame
 
 
 def line_chart(file: str | Path, series: dict[str, list[tuple[float, float]]], title: str = "", x_label: str = "",
@@ -21,8 +22,8 @@ def line_chart(file: str | Path, series: dict[str, list[tuple[float, float]]], t
     shown = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)
                     and (x > 0 or not log_x) and (y > 0 or not log_y)] for name, points in series.items()}
     right, bottom = _WIDTH - _RIGHT - (_KEY if len(series) > 1 else 0), _HEIGHT - _BOTTOM
-    x_place, x_marks = _axis([x for points in shown.values() for x, _ in points], log_x, _LEFT, right)
-    y_place, y_marks = _axis([y for points in shown.values() for _, y in points], log_y, bottom, _TOP)
+    x_place, x_marks = _axis([x for points in shown.values() for x, _ in points], log_x, _LEFT + _MARGIN, right - _MARGIN)
+    y_place, y_marks = _axis([y for points in shown.values() for _, y in points], log_y, bottom - _MARGIN, _TOP + _MARGIN)
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     pen = ImageDraw.Draw(image)
 

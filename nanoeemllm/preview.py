@@ -94,6 +94,7 @@ def kept_rows(config: ModelConfig, stage: str) -> tuple[float, float]:
 
     Everywhere: what enters the two norms (C each), the gate, up and SiLU(gate) (3 F), k and v (2 G D); where a row asks
     questions q and its answer (2 H D). A trained matrix keeps its input as well: 2 C, F, and the answer, kept already.
+    A row of text keeps the same in each of flamingo's blocks, without k and v.
     """
     llama, name = config.llama, config.visual_path.name
     keys, heads = llama.num_key_value_heads * llama.head_dim, llama.num_attention_heads * llama.head_dim
@@ -102,7 +103,8 @@ def kept_rows(config: ModelConfig, stage: str) -> tuple[float, float]:
     visual = {"eemllm": row, "naavit": row,
               "saisa": 2 * llama.hidden_size + 2 * keys + (config.vision.hidden_size if config.vision else 0),
               "flamingo": (llama.hidden_size + 2 * keys) / config.visual_path.every}.get(name, row + 2 * heads)
-    return row + 2 * heads, visual
+    blocks = (row - 2 * keys + 2 * heads) / config.visual_path.every if name == "flamingo" else 0
+    return row + 2 * heads + blocks, visual
 
 
 # ---- --show-batch ----

@@ -90,7 +90,7 @@ def lines_of(table: str, seed: int) -> dict[tuple, Asked]:
         jobs = {row: Job("eemllm", f"--aligner={letters}" if letters != "vof" else "", seed=seed)
                 for row, letters in ALIGNERS.items()}
         return {(row, column): Asked(job, size=size) for row, job in jobs.items()
-                for column, size in (("64, as trained", None), ("256, not trained", 128))}
+                for column, size in (("64 visual tokens, as trained", None), ("256, not trained", 128))}
     if table == "composite":
         return {(f"{count} of {LAYERS} layers", "64 visual tokens"): composite(Job("llava", seed=seed), count)
                 for count in range(LAYERS + 1)}
@@ -208,7 +208,7 @@ def draw(table: str, results: Results, seeds: int) -> list[str]:
         for place, asked in lines_of(table, seed).items():
             cells.setdefault(place, []).extend([results.runs[asked.name]] if asked.name in results.runs else [])
     rows, columns = dict.fromkeys(row for row, _ in cells), dict.fromkeys(column for _, column in cells)
-    more = " | operations | prefill, ms" if table == "paths" else ""
+    more = " | operations : llava | prefill, ms" if table == "paths" else ""
     lines = ["| | " + " | ".join(f"{column}: accuracy{more}" for column in columns) + " |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for row in rows:
@@ -218,7 +218,8 @@ def draw(table: str, results: Results, seeds: int) -> list[str]:
             line.append(spread([r["accuracy"] for r in found]) if found else "")
             if table == "paths":
                 line.append(f"{found[0]['operations'] / llava[0]['operations']:.2f}" if found and llava else "")
-                line.append(str(results.data["prefill_ms"].get(f"{row}, {column}", "")))
+                ms = results.data["prefill_ms"].get(f"{row}, {column}")
+                line.append(f"{ms:.1f}" if ms else "")
         lines.append(f"| {row} | " + " | ".join(line) + " |")
     return lines
 

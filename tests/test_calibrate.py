@@ -30,12 +30,13 @@ def test_ratio_is_that_of_the_attention_matrix(rows):
         assert ratio(q, k, is_visual)[head].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("samples", [1, 4, 9])
-def test_most_samples_are_under_the_threshold_where_a_head_is_pruned(samples):
+@pytest.mark.parametrize("samples, cut", [(1, 6), (4, 6), (9, 4), (3, 2)])
+def test_most_samples_are_under_the_threshold_where_a_head_is_pruned(samples, cut):
     ratios = torch.rand(samples, 6, 8, generator=torch.Generator().manual_seed(samples))
-    kept, threshold = choose_heads(ratios, 5)
-    assert kept[0] == kept[1] == tuple(range(8)) and sum(8 - len(heads) for heads in kept) == 5 * 4
-    for layer in range(2, 6):
+    kept, threshold = choose_heads(ratios, 5, cut)
+    assert kept[0] == kept[1] == tuple(range(8)) and sum(8 - len(heads) for heads in kept) == 5 * (cut - 2)
+    assert all(heads == tuple(range(8)) for heads in kept[cut:])                 # no pictures there, nothing to save
+    for layer in range(2, cut):
         for head in range(8):
             pruned = (ratios[:, layer, head] < threshold).sum() > samples / 2
             assert pruned == (head not in kept[layer])
@@ -43,7 +44,7 @@ def test_most_samples_are_under_the_threshold_where_a_head_is_pruned(samples):
 
 def test_every_layer_keeps_a_head():
     ratios = torch.rand(3, 5, 4) + torch.tensor([0, 0, 0, 9, 9])[:, None]
-    assert all(choose_heads(ratios, 3)[0])
+    assert all(choose_heads(ratios, 3, 5)[0])
 
 
 def tiny_folder(tmp_path):
@@ -68,7 +69,7 @@ def test_command_writes_the_heads_that_yopo_then_uses(tmp_path, capsys):
     command = ["--weights", str(folder), "--tsv", str(tmp_path / "set.tsv"), "--calibrate-heads"]
     with pytest.raises(UserError, match="--prune-heads"):
         main(command)
-    main([*command, "--prune-heads", "2"])
+    main([*command, "--prune-heads", "2", "--last-visual-layer", "4"])
     kept = json.loads((folder / "config.json").read_text())["visual_path"]["kept_heads"]
     assert [len(heads) for heads in kept[:2]] == [4, 4] and sum(map(len, kept[2:])) == 4
     assert load(folder, "cpu").config.visual_path.name == "llava"

@@ -367,7 +367,7 @@ def test_command_line(tmp_path):
 def test_another_path_with_weights_of_its_own_begins_at_random(path, new, left_out, tmp_path):
     convert("--llava", SOURCES / "llava", "--out", tmp_path / "model")
     path = VisualPathConfig(path, every=3)
-    with pytest.raises(UserError, match=f"{new} missing"):
+    with pytest.raises(UserError, match=f"trained as llava; {path.name} as asked for has other weights"):
         nanoeemllm.load(tmp_path / "model", device="cpu", visual_path=path)
     old = nanoeemllm.load(tmp_path / "model", device="cpu").state_dict()
     model = nanoeemllm.load(tmp_path / "model", device="cpu", visual_path=path, new_parts=True).state_dict()

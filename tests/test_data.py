@@ -279,15 +279,17 @@ def test_too_few_samples_for_the_processes():
 
 
 def test_token_cost_counts_the_work_of_the_paths():
-    """By hand: C = 128, F = 384, H D = 128, G D = 64, FFN 3 C F a row; 3 encoder layers beside 4 of the Llama."""
+    """By hand: C = 128, F = 384, H D = 128, G D = 64, FFN 3 C F a row; 4 layers, the last of which does not align. In
+    weights, of which a pair of query and key in all heads takes 2 H D; the frozen encoder counts a third."""
     tiny = PRESETS["tiny"]
     config = dataclasses.replace(tiny, llama=dataclasses.replace(tiny.llama, intermediate_size=384, num_hidden_layers=4,
                                                                  num_key_value_heads=2))
-    row = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 384
-    assert token_cost(config)(1, []) == pytest.approx(1 + 128 / row)       # 2 H D weights x half a pair
-    visual = row - 128 * 128 + (4 * 128 ** 2 + 2 * 128 * 384) * 3 / 4 / 3
-    pairs = 2 * 128 * (10 ** 2 / 2 + 10 * 64) + 2 * 128 * 64 ** 2 * 3 / 4 / 3
-    assert token_cost(config)(10, [64]) == pytest.approx((10 * row + 64 * visual + pairs) / row)
+    row, pair = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 384, 2 * 128
+    assert token_cost(config)(1, []) == pytest.approx(1 + pair / row)
+    text = 4 * (10 * row + pair * (10 * 11 / 2 + 10 * 64))
+    visual = 64 * (4 * 2 * 128 * 64 + 3 * (128 * 128 + 3 * 128 * 384) + 128 * (128 + 128))
+    encoder = 64 * 192 * 128 + 3 * (64 * (4 * 128 ** 2 + 2 * 128 * 384) + pair * 64 ** 2)
+    assert token_cost(config)(10, [64]) == pytest.approx((text + visual + encoder / 3) / (4 * row))
 
 
 # ---- loading ----

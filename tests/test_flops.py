@@ -8,7 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoeemllm.config import IMAGE_TOKEN, PRESETS, LlamaConfig, ModelConfig, VisionConfig, VisualPathConfig
-from nanoeemllm.flops import forward_operations, main, published_paths, training_operations
+from nanoeemllm.decoder import KVCache
+from nanoeemllm.flops import forward_operations, main, published_paths, training_operations, visual_key_heads
 from nanoeemllm.layout import build_layout
 from nanoeemllm.model import EEMLLM
 
@@ -56,6 +57,46 @@ def test_text_alone_costs_the_same_on_every_path_without_blocks():
     totals = {forward_operations(ModelConfig(LLAMA, VISION, path), layout, 2).total() for path in PATHS.values()
               if path.name != "flamingo"}
     assert len(totals) == 1
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_seen_pairs_are_those_of_the_rule(name):
+    """Counted one by one: text sees what does not stand behind it, llava's visual tokens likewise in all layers but the
+    last; flamingo's blocks see the picture that stands last; yopo's heads and layers are counted singly."""
+    path, L, H = PATHS[name], LLAMA.num_hidden_layers, LLAMA.num_attention_heads
+    ids = [[IMAGE_TOKEN, 1, 1], [1, 1, IMAGE_TOKEN, 1, IMAGE_TOKEN, IMAGE_TOKEN, 1, 1, 1], [1, 1, 1, 1]]
+    grids = [[(3, 4)], [(2, 2), (5, 3), (4, 4)], []]
+    text = visual = 0
+    for one, its in zip(ids, grids):
+        layout = build_layout([one], [its])[1]
+        pairs = lambda queries, keys: sum((keys.position <= p).sum().item() for p in queries.position)
+        of_text, of_pictures = pairs(layout.text, layout.text), pairs(layout.text, layout.visual)
+        of_visual = pairs(layout.visual, layout.text) + pairs(layout.visual, layout.visual)
+        blocks = sum((p.rows.stop - p.rows.start) * (p.after.stop - p.after.start) for p in layout.pictures)
+        for layer in range(L):
+            like_llava = path.name == "llava" or path.name == "eemllm-f" and layer not in path.composite_layers
+            kept = len(path.heads(LLAMA, layer)) if path.name == "yopo" and layer < path.visual_layers(LLAMA) else 0
+            text += H * of_text + {"flamingo": H * blocks * ((layer + 1) % path.every == 0),
+                                   "yopo": kept * of_pictures}.get(path.name, H * of_pictures)
+            visual += H * of_visual * (like_llava and layer < L - 1)
+    count = forward_operations(ModelConfig(LLAMA, VISION, path), build_layout(ids, grids)[1], 3, seen=True)
+    assert count["text attention"] == 4 * LLAMA.head_dim * text
+    if path.name != "yopo":
+        assert count["visual attention"] == 4 * LLAMA.head_dim * visual
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_visual_key_heads_are_those_of_the_cache(name):
+    config = ModelConfig(LLAMA, VISION, PATHS[name])
+    model = EEMLLM(config)
+    model.initialize()
+    ids, grid = [1, 1, IMAGE_TOKEN, 1], (6, 8)
+    text, layout = build_layout([ids], [[grid]])
+    cache = KVCache(LLAMA, layout, 1, torch.float32)
+    with torch.inference_mode():
+        model.decoder(text, model.visual_tokens(torch.randn(48, VISION.patch_dim), [grid]), layout, cache)
+    for layer, k in enumerate(cache.k_visual):
+        assert k.numel() == 48 * LLAMA.head_dim * visual_key_heads(config, layer)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])

@@ -27,6 +27,18 @@ def make_model(path="eemllm", dtype=torch.float64) -> EEMLLM:
     return model.to(dtype)
 
 
+@pytest.mark.parametrize("path", [VisualPathConfig("eemllm"), VisualPathConfig("flamingo", every=1)], ids=["eemllm", "flamingo"])
+def test_initialize_sets_every_parameter(path):
+    """What has no values yet gets all of them: norms 1 and gates 0, as in a model that was made in memory."""
+    config = dataclasses.replace(PRESETS["tiny"], visual_path=path)
+    made, model = EEMLLM(config), EEMLLM(config)
+    for p in model.parameters():
+        p.data.fill_(torch.nan)
+    model.initialize()
+    for (name, p), usual in zip(model.named_parameters(), made.parameters()):
+        assert p.isfinite().all() and (p.dim() > 1 or name.endswith("bias") or torch.equal(p, usual)), name
+
+
 def picture(seed: int, width: int = 48, height: int = 48) -> Image.Image:
     return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(width * height * 3))
 

@@ -18,12 +18,13 @@ import sample
 from nanoeemllm import attention_map, bench, bench_systems
 from nanoeemllm.checkpoint import save
 from nanoeemllm.config import IMAGE_TOKEN as IMAGE
-from nanoeemllm.config import PRESETS, UserError
+from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
 from nanoeemllm.image import prepare_image
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.plot import line_chart
 from nanoeemllm.prompt import Tokenizer
 from nanoeemllm.toy import make_tokenizer
+from nanoeemllm.visual_path import make_visual_path
 from test_generation import make_model as wide_model
 from test_model import picture
 
@@ -204,6 +205,21 @@ def test_attention_is_that_of_the_rule(path):
         torch.testing.assert_close(early.sum(-1), torch.ones(2, 4))           # and nothing but pictures
     else:
         assert (heat.sum(-1) < 1).all() and (heat[..., :first].sum(-1) > 0).all()
+
+
+def test_pruned_heads_pay_nothing():
+    """The mean is over all heads: what two kept heads pay is the sum of what each alone pays."""
+    model = wide_model("yopo")
+    llama = model.config.llama
+    ids, images = [1, IMAGE, 5, 6], [picture(1)]
+    heat = {}
+    for kept in ((0,), (1,), (0, 1)):
+        config = VisualPathConfig("yopo", last_visual_layer=1, kept_heads=(kept,) * llama.num_hidden_layers)
+        model.decoder.path = path = make_visual_path(config, llama)
+        for layer in model.decoder.layers:
+            layer.path = path
+        heat[kept] = attention_map.attention_to_pictures(model, ids, images, [9])
+    torch.testing.assert_close(heat[0, 1], heat[0,] + heat[1,])
 
 
 def test_attention_by_hand():

@@ -1,17 +1,21 @@
 """The tables' bookkeeping; what they train is train.py's."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+import nanoeemllm
 from nanoeemllm.backbone import tiny_config
 from nanoeemllm.config import UserError
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.tables import LAYERS, Results, at_size, draw, lines_of, plot, time_prefills
+from nanoeemllm.tables import LAYERS, Results, at_size, draw, lines_of, main, plot, time_prefills
 from nanoeemllm.toy import WorldConfig
 
 SETTINGS = {"steps": [1, 1]}
+ASSETS = Path(nanoeemllm.__file__).parent / "assets"
 
 
 def results_of(tmp_path, table: str, seeds) -> Results:
@@ -44,6 +48,19 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
     with pytest.raises(UserError, match="another --results"):
         Results(tmp_path / "r.json", {"steps": [2, 2]})
     assert json.loads((tmp_path / "r.json").read_text())["settings"] == SETTINGS
+
+
+def test_the_readme_shows_what_was_measured(tmp_path, capsys):
+    """Every line of every table, all of it run, with the settings that the command has by default."""
+    shutil.copy(ASSETS / "tables.json", tmp_path)
+    main(["all", "--draw", "--results", str(tmp_path / "tables.json")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    shown = (ASSETS.parents[1] / "README.md").read_text().splitlines()
+    assert len(lines) == 4 * 2 + 7 + 5 + (LAYERS + 1) + 4 and not set(lines) - set(shown)
+    assert not any("|  |" in line for line in lines)
+    results = json.loads((ASSETS / "tables.json").read_text())["runs"]
+    assert all(asked.name in results for table in ("paths", "aligner", "composite", "data") for seed in range(3)
+               for asked in lines_of(table, seed).values())
 
 
 def test_plot_is_a_picture(tmp_path):

@@ -1,5 +1,6 @@
 """train.py as a user calls it, on conversations in files; the model is tiny and untrained."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import train
 from nanoeemllm import checkpoint
 from nanoeemllm.config import UserError
+from nanoeemllm.model import EEMLLM
 from nanoeemllm.toy import WorldConfig, export_llava
 from tiny_run import tiny_model
 
@@ -52,6 +54,13 @@ def test_another_visual_path_begins_with_its_own_weights(world, tmp_path):
     assert any("visual_projector" in name for name in names) and not any(name.startswith("projector.") for name in names)
 
 
+def test_stage_1_needs_a_model_that_sees(tmp_path):
+    model = EEMLLM(dataclasses.replace(tiny_model().config, vision=None), tiny_model().tokenizer)
+    checkpoint.save(model.state_dict(), model.config, model.tokenizer, tmp_path / "text")
+    with pytest.raises(UserError, match="has no image encoder, so stage 1 has nothing to train"):
+        call("--stage", "pretrain", "--init", tmp_path / "text", "--out", tmp_path)
+
+
 def test_show_batch(world, tmp_path, capsys):
     on_files(world, tmp_path, "pretrain", "--init", world / "start", "--show-batch")
     shown = capsys.readouterr().out
@@ -73,6 +82,7 @@ def test_dry_run_of_files_and_of_the_papers_stages(world, tmp_path, capsys):
     (["--stage", "finetune", "--data", "x.json"], "run `python train.py --stage pretrain` first"),
     (["--stage", "pretrain", "--init", "nowhere"], "nowhere holds no model"),
     (["--stage", "pretrain", "--dry-run", "--preset", "tiny", "--assume", "1,2"], "give three whole numbers"),
+    (["--stage", "pretrain", "--dry-run", "--preset", "tiny", "--assume", "9,-5,0"], "give three whole numbers"),
 ])
 def test_what_is_missing_is_said(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
@@ -80,7 +90,7 @@ def test_what_is_missing_is_said(tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize("arguments", [["--data", "x.json"], ["--steps", "0"], ["--lr", "nan"], ["--preset", "tiny"],
-                                       ["--seed", "-1"], ["--workers", "-1"], ["--max-bad", "-0.1"]])
+                                       ["--seed", "-1"], ["--workers", "-1"], ["--max-bad", "-0.1"], ["--assume", "10,5,3"]])
 def test_values_that_make_no_sense(arguments):
     with pytest.raises(UserError, match=arguments[0]):
         train.parse(arguments)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from layouts import HAND_MADE, random_layout, random_samples, rows_of, seeded
-from nanoeemllm.command_line import add_visual_path_flags, visual_path_from
+from nanoeemllm.command_line import Parser, add_visual_path_flags, visual_path_from
 from nanoeemllm.config import LlamaConfig, ModelConfig, UserError, VisionConfig, VisualPathConfig
 from nanoeemllm.decoder import Decoder, KVCache
 from nanoeemllm.layout import build_layout
@@ -309,8 +309,7 @@ def test_what_a_path_leaves_out_is_not_computed():
 # ---- settings ----
 
 def flags(line: str):
-    import argparse
-    parser = argparse.ArgumentParser()
+    parser = Parser("")
     add_visual_path_flags(parser)
     return parser.parse_args(line.split())
 
@@ -324,6 +323,8 @@ def test_flags_make_a_path_and_change_one():
     calibrated = dataclasses.replace(yopo, kept_heads=KEPT)
     assert visual_path_from(flags("--window 7"), calibrated).kept_heads == KEPT
     assert visual_path_from(flags("--prune-heads 2"), calibrated).kept_heads == ()
+    assert visual_path_from(flags("--prune-heads 1"), calibrated).kept_heads == KEPT
+    assert visual_path_from(flags("--visual-path eemllm"), calibrated).kept_heads == KEPT
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -336,7 +337,7 @@ def test_settings_come_back_from_json(name):
     ({"name": "eemllm-f"}, "needs its composite layers"), ({"name": "flamingo", "every": 4}, "every 3 or less"),
     ({"composite_layers": [3]}, "layers 0 to 2"), ({"last_visual_layer": 4}, "has 3 layers"),
     ({"kept_heads": [[0]]}, "calibrate anew"), ({"kept_heads": [[0], [], [1]]}, "at least one"),
-    ({"kept_heads": [[0], [-1], [1]]}, "kept_heads"), ({"prune_heads": 4}, "at least one"), ({"window": 4}, "odd"),
+    ({"kept_heads": [[0], [-1], [1]]}, "kept_heads"), ({"kept_heads": [[1, 0], [1], [1]]}, "rising"), ({"prune_heads": 4}, "at least one"), ({"window": 4}, "odd"),
     ({"window": "5"}, "window"), ({"composite_layers": 3}, "must be a list"), ({"name": "lava"}, "known: llava"),
     ({"ffn_ratio": 49}, "neurons"),
 ])
@@ -347,6 +348,19 @@ def test_settings_that_do_not_fit_are_refused(settings, said):
 
 
 def test_flags_that_make_no_sense_are_refused():
-    for line in ("--composite-layers 3-", "--composite-layers a", "--window 0", "--ffn-ratio -1", "--prune-heads -1"):
-        with pytest.raises(UserError, match="--"):
+    for line in ("--composite-layers 3-", "--composite-layers a", "--composite-layers 3-1", "--composite-layers=", "--window 0",
+                 "--ffn-ratio -1", "--prune-heads -1"):
+        with pytest.raises(UserError, match=line.split()[0].strip("=")):
+            flags(line)
+    for line in ("--composite-layers 1", "--visual-path llava --aligner vf", "--visual-path yopo --every 2", "--prune-heads 0"):
+        with pytest.raises(UserError, match="is a setting of .*: add --visual-path"):
             visual_path_from(flags(line))
+
+
+@pytest.mark.parametrize("aligner", ["v", "o", "vf", "of"])
+def test_an_aligner_that_does_not_fit_narrow_heads_is_refused(aligner):
+    llama = LlamaConfig(**TINY | {"head_dim": 2}, num_key_value_heads=2)
+    with pytest.raises(UserError, match="give both or none of v and o"):
+        VisualPathConfig("eemllm", aligner).check(llama)
+    for fits in (VisualPathConfig("eemllm"), VisualPathConfig("eemllm", "f"), VisualPathConfig("llava", aligner)):
+        fits.check(llama)
