@@ -14,10 +14,6 @@ import torch
 from nanoeemllm.config import VISUAL_PATHS, UserError, VisualPathConfig
 
 
-SETTINGS = {"eemllm": ("aligner",), "eemllm-f": ("composite_layers",),        # each path's own flags
-            "yopo": ("window", "ffn_ratio", "last_visual_layer", "prune_heads"), "flamingo": ("every",)}
-
-
 def run_command(main):
     """Runs a script's main(). A UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
@@ -60,6 +56,12 @@ def device_from(name: str | None) -> str:
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: this machine has none; leave it out, or give cpu") from None
     return device
+
+
+# ---- the visual path ----
+
+SETTINGS = {"eemllm": ("aligner",), "eemllm-f": ("composite_layers",),        # each path's own flags
+            "yopo": ("window", "ffn_ratio", "last_visual_layer", "prune_heads"), "flamingo": ("every",)}
 
 
 def add_visual_path_flags(parser):

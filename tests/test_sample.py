@@ -163,11 +163,12 @@ def test_chat_remembers_until_reset(run, monkeypatch):
 SLOWLY = """import sys, time
 sys.path.insert(0, {0!r})
 import sample
-inner = sample.stream_text
+inner, pauses = sample.stream_text, [60]
 def slow(tokenizer, ids, stop_strings):
     for piece in inner(tokenizer, ids, stop_strings):
         yield piece
-        time.sleep(0.1)
+        if pauses:
+            time.sleep(pauses.pop())             # until Ctrl-C
 sample.stream_text = slow
 sample.run_command(sample.main)
 """
@@ -179,7 +180,7 @@ def test_ctrl_c_prints_what_there_is(place, chat):
     flags = ["--image", "0.png", "--prompt", "what is it?", "--max-new-tokens", "12", *["--chat"][:chat]]
     process = subprocess.Popen([sys.executable, "-c", SLOWLY.format(str(SCRIPT.parent)), *flags], cwd=place, text=True,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    begun = os.read(process.stdout.fileno(), 100).decode()                    # streaming: the first words are here already
+    begun = os.read(process.stdout.fileno(), 100).decode()                    # streaming: the first word is here already
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate("/reset\nis there a cat?\n" if chat else None, timeout=60)
     said = (begun + rest).splitlines()
