@@ -23,7 +23,8 @@ from torch import Tensor
 
 
 class Run(NamedTuple):
-    """Where the rows of B samples lie in one packed tensor of N rows."""
+    """Where the rows of B samples lie in one packed tensor of N rows. Samples may share rows of keys, but not where those
+    are to have gradients."""
     start: Tensor      # (B,) int32: first row of each sample
     length: Tensor     # (B,) int32: rows of each sample, 0 allowed
     position: Tensor   # (N,) int32: place of each row in its sample, never falling within a run

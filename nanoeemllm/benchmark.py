@@ -36,7 +36,8 @@ class TSV:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         records = self._records(0)
-        self.columns = [name.strip().removeprefix("\ufeff") for name in next(records, (0, []))[1]]
+        names = [name.strip() for name in next(records, (0, []))[1]]
+        self.columns = ["" if name in ("row", "bad") else name for name in names]     # these two are ours
         missing = [name for name in ("index", "question", "answer") if name not in self.columns]
         if not {"image", "image_path"} & set(self.columns):
             missing.append("image (or image_path)")
@@ -94,6 +95,8 @@ class TSV:
 
         with open(self.path, "rb") as file:
             start = file.seek(offset)
+            if not offset and file.read(3) != b"\xef\xbb\xbf":                         # a byte order mark
+                file.seek(0)
             reader = csv.reader(lines(), delimiter="\t")
             while True:
                 try:
@@ -112,7 +115,7 @@ def as_list(text: str) -> list[str]:
     if text.strip().startswith("[") and text.strip().endswith("]"):
         try:
             return [str(part) for part in ast.literal_eval(text.strip())]
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             pass
     return [text]
 
@@ -129,7 +132,8 @@ def detect(name: str, columns: list[str]) -> str:
 
 
 def read_answers(folder: Path, settings: dict) -> dict[int, dict]:
-    """row -> record, of all processes. Raises UserError for answers that were made under other settings."""
+    """row -> record, of all processes; an answer rather than why there was none before. Raises UserError for answers that
+    were made under other settings."""
     records = {}
     for path in sorted(folder.glob("predictions-*.jsonl")):
         try:
@@ -143,7 +147,8 @@ def read_answers(folder: Path, settings: dict) -> dict[int, dict]:
                             + ", not " + ", ".join(repr(settings[key]) for key in changed)
                             + ": remove it, or give another folder with --out")
         for record in lines[1:]:
-            records.setdefault(record["row"], record)
+            if "bad" in records.get(record["row"], {"bad": ""}):
+                records[record["row"]] = record
     return records
 
 

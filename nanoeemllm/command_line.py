@@ -52,6 +52,8 @@ def device_from(name: str | None) -> str:
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
+        if torch.device(device).type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: this machine has none; leave it out, or give cpu") from None

@@ -83,7 +83,8 @@ def pictures_of(row: dict) -> list[Image.Image]:
     """Raises UserError where one cannot be read."""
     image = row.get("image")
     if not image:
-        return [load_image(path) for path in row.get("image_path") or []]
+        paths = row.get("image_path") or []
+        return [load_image(path) for path in ([paths] if isinstance(paths, str) else paths)]
     if not isinstance(image, str):
         return image if isinstance(image, list) else [image]
     try:
@@ -100,7 +101,7 @@ def check_row(row: dict, metric: str):
     if not row["question"].strip():
         raise UserError("no question")
     answer, options = row["answer"].strip(), options_of(row)
-    if not answer:
+    if not any(part.strip() for part in as_list(answer)):
         raise UserError("no answer")
     if metric in CHOICE and options and answer not in options:
         raise UserError(f"the answer {answer!r} is none of the options {', '.join(options)}")
@@ -148,7 +149,7 @@ def answers(model, rows: Iterable[dict], metric: str, max_new_tokens: int = 128,
     """
     batch = []
     for number, row in enumerate(rows, 1):
-        row = {"row": number, "index": str(number - 1)} | row
+        row = {"row": number} | row | {"index": str(row.get("index", number - 1))}
         try:
             asked = prepare(model, row, metric, max_new_tokens)
         except UserError as error:
@@ -240,7 +241,7 @@ def main(argv: list[str] | None = None):
         return calibrate_heads(args, tsv, metric, path)
     settings = {
         "weights": str(args.weights.resolve()), "written": (args.weights / "config.json").stat().st_mtime,
-        "tsv": str(args.tsv.resolve()), "tsv_bytes": args.tsv.stat().st_size, "metric": metric,
+        "tsv": str(args.tsv.resolve()), "tsv_bytes": args.tsv.stat().st_size, "tsv_written": args.tsv.stat().st_mtime, "metric": metric,
         "visual_path": describe(path), "max_new_tokens": args.max_new_tokens, "dtype": args.dtype or "as stored"}
     name = args.tsv.stem + (f"-{args.visual_path}" if args.visual_path else "")
     folder = args.out or args.weights / "eval" / name
@@ -250,7 +251,7 @@ def main(argv: list[str] | None = None):
     done = read_answers(folder, settings)
     if world > 1:
         dist.barrier()                                              # all have read before one writes
-    todo = [i for i in range(len(tsv)) if i + 1 not in done]
+    todo = [i for i in range(len(tsv)) if "bad" in done.get(i + 1, {"bad": ""})]      # what was bad may be mended now
     if done and rank == 0:
         print(f"{len(tsv) - len(todo)} of {len(tsv)} rows are answered in {folder} already")
     todo = todo[rank::world]
@@ -288,17 +289,22 @@ def calibrate_heads(args, tsv: TSV, metric: str, path: VisualPathConfig):
     """Chooses the heads on these rows and writes them into the model folder."""
     if not path.prune_heads:
         raise UserError("--calibrate-heads: say how many heads a layer to prune on the average with --prune-heads N")
-    model = open_model(args, VisualPathConfig("llava"))
+    model, refused = open_model(args, VisualPathConfig("llava")), []
 
     def prompts():
         for i in tqdm(range(len(tsv)), "calibration", disable=None):
             try:
                 asked = prepare(model, tsv[i], metric, 0)
-            except UserError:
-                continue
-            yield asked.ids, asked.images
+            except UserError as error:
+                refused.append(str(error))
+            else:
+                yield asked.ids, asked.images
 
-    kept, threshold = choose_heads(measure(model, prompts()), path.prune_heads, path.visual_layers(model.config.llama))
+    try:
+        ratios = measure(model, prompts())
+    except UserError as error:
+        raise UserError(f"{error}; the first row: {refused[0]}" if refused else str(error)) from None
+    kept, threshold = choose_heads(ratios, path.prune_heads, path.visual_layers(model.config.llama))
     config = dataclasses.replace(model.config, visual_path=dataclasses.replace(path, kept_heads=kept))
     write_aside(args.weights / "config.json", json.dumps(config.to_dict(), indent=2).encode())
     for layer, heads in enumerate(kept):
@@ -322,7 +328,7 @@ def report(name: str, records: list[dict], settings: dict, file: Path):
         _print_first([f"row {r['row']} (index {r['index']}): {r['bad']}" for r in bad])
     if unread:
         print(f"\n{len(unread)} answers could not be read and score 0:")
-        _print_first([f"row {r['row']} (index {r['index']}): {r['prediction'][:60]!r}" for r in unread])
+        _print_first([f"row {r['row']} (index {r.get('index', '')}): {r['prediction'][:60]!r}" for r in unread])
     try:
         results = result | {"settings": settings, "bad_rows": bad}
         write_aside(file, json.dumps(results, indent=1, ensure_ascii=False).encode())

@@ -103,12 +103,12 @@ def open_answer(prediction: str, references: Iterable[str]) -> float:
     """MMMU's questions without options (Yue et al. 2023, its evaluation script): a number must be among the numbers
     said, compared after rounding to two places; words must stand in the answer. The script first cuts key phrases
     out of long reasoning; the prompt asks for a word or phrase, so the whole answer is taken."""
-    said = {round(float(n), 2) for n in re.findall(r"-?\d+(?:\.\d+)?", prediction.replace(",", ""))}
+    number = r"-?(?:\d+\.\d+|\.?\d+)(?:[eE][+-]?\d+)?"
+    said = {round(float(n), 2) for n in re.findall(number, prediction.replace(",", ""))}
 
     def is_met(reference):
-        number = _number(reference.replace(",", ""))
-        if number is not None:
-            return round(number, 2) in said
+        if re.fullmatch(number, reference.replace(",", "").strip()):
+            return round(float(reference.replace(",", "")), 2) in said
         return _words(reference) != "" and _holds(_words(prediction), _words(reference))
 
     return float(any(map(is_met, references)))

@@ -10,8 +10,11 @@ results file and is not done again; a run that was stopped goes on from its chec
 same command again. --draw prints the tables and draws the plot from the results alone.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import statistics
 import sys
 import time
@@ -103,18 +106,33 @@ def lines_of(table: str, seed: int) -> dict[tuple, Asked]:
 def train_job(job: Job, args) -> Path:
     """Both stages, by train.py, from the backbones of the picture size; returns the model folder."""
     world, backbone, out = WorldConfig(job.size, seed=job.seed), args.out / f"backbone-{job.size}", args.out / job.name
-    if (out / "finetune-run/finished").exists():
-        return out / "finetune"
-    make_backbones(backbone, WorldConfig(job.size))
+    with alone(args.out):
+        make_backbones(backbone, WorldConfig(job.size))
     stages = (("pretrain", args.pretrain_steps, backbone), ("finetune", args.finetune_steps, out / "pretrain"))
-    for stage, steps, start in stages:
-        flags = train.parse([str(flag) for flag in (
-            "--stage", stage, "--init", start, "--out", out, "--resume", "--seed", job.seed, "--device", "cpu",
-            "--batch-size", BATCH, "--steps", max(1, round(steps * job.share)), "--visual-path", job.path,
-            *job.flags.split())])
-        with join("cpu") as group:
-            train.run_stage(stage, flags, world, group)
+    with alone(out):
+        for stage, steps, start in stages:
+            flags = train.parse([str(flag) for flag in (
+                "--stage", stage, "--init", start, "--out", out, "--resume", "--seed", job.seed, "--device", "cpu",
+                "--batch-size", BATCH, "--steps", max(1, round(steps * job.share)), "--visual-path", job.path,
+                *job.flags.split())])
+            with join("cpu") as group:
+                train.run_stage(stage, flags, world, group)
     return out / "finetune"
+
+
+@contextlib.contextmanager
+def alone(folder: Path):
+    """One command at a time in this folder; another one waits here."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}") from None
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 def score(asked: Asked, folder: Path, questions: int) -> dict:
@@ -187,10 +205,10 @@ class Results:
 
     def add(self, part: str, result: dict):
         """Adds to a part of the file what another command, at work on another table, may have added to meanwhile."""
-        self.read()
-        self.data[part] |= result
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(self.file, json.dumps(self.data, indent=1).encode())
+        with alone(self.file.parent):
+            self.read()
+            self.data[part] |= result
+            write_aside(self.file, json.dumps(self.data, indent=1).encode())
 
 
 # ---- tables ----
@@ -253,13 +271,15 @@ def main(argv: list[str] | None = None):
     settings = {"steps": [args.pretrain_steps, args.finetune_steps], "batch_size": BATCH, "questions": args.questions}
     results = Results(args.results, settings)
     tables = ("paths", "aligner", "composite", "data") if args.table == "all" else (args.table,)
+    if not args.draw:
+        results.add("runs", {})                                 # a file that cannot be written is told before the work
     try:
         every = (lines_of(table, seed).values() for seed in range(args.seeds) for table in tables)
         for asked in (asked for group in every for asked in group):
             if asked.name not in results.runs and not args.draw:
                 print(f"\n{asked.name}", flush=True)
                 results.add("runs", {asked.name: score(asked, train_job(asked.job, args), args.questions)})
-        if "paths" in tables and not args.draw:
+        if "paths" in tables and not args.draw and not results.data["prefill_ms"]:
             results.add("prefill_ms", time_prefills())
     except Stopped:
         print("stopped; the same command goes on")

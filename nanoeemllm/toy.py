@@ -58,8 +58,8 @@ class WorldConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.picture_size < 24:
-            raise UserError(f"picture size {self.picture_size}: nothing can be told apart under 24; give 24 or more")
+        if not 24 <= self.picture_size <= 4096:
+            raise UserError(f"picture size {self.picture_size}: give 24, under which nothing can be told apart, to 4096")
         if not 1 <= self.max_things <= len(SHAPES):
             raise UserError(f"a picture holds 1 to {len(SHAPES)} things, not {self.max_things}")
         if self.hardness not in (0, 1):
