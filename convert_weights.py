@@ -253,8 +253,8 @@ def settings(folder: Path, data: dict, defaults: dict, must: dict) -> dict:
             raise UserError(f"{folder}/config.json: {key} {data[key]!r} is not supported; supported: {value!r}")
     values = {key: default if data.get(key) is None else data[key] for key, default in defaults.items()}
     for key, default in defaults.items():
-        if type(default) is int and (type(values[key]) is not int or values[key] < 1):
-            raise UserError(f"{folder}/config.json: {key} must be a positive whole number, not {values[key]!r}")
+        if type(default) is int and (type(values[key]) is not int or not 0 < values[key] < 2 ** 24):
+            raise UserError(f"{folder}/config.json: {key} must be a positive whole number under 2^24, not {values[key]!r}")
     return values
 
 
@@ -275,11 +275,17 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     about, more = (read_json(folder / name) if (folder / name).is_file() else {}
                    for name in ("tokenizer_config.json", "added_tokens.json"))
     tokenizer = read_sentencepiece(folder / "tokenizer.model", prefix_everywhere=about.get("legacy") is not False)
-    added = {int(i): token["content"] for i, token in about.get("added_tokens_decoder", {}).items()}
-    for i, text in sorted((added | {i: text for text, i in more.items()}).items()):
-        tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-        if tokenizer.token_to_id(text) != i:
-            raise UserError(f"{folder}: the added token {text!r} should be id {i}, but follows on {i - 1} ids only")
+    try:
+        added = {int(i): (text, True) for text, i in more.items()}
+        added |= {int(i): (token["content"], token.get("special", True))
+                  for i, token in about.get("added_tokens_decoder", {}).items()}
+        added = {i: AddedToken(text, special=special, normalized=False) for i, (text, special) in added.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{folder}: tokenizer_config.json and added_tokens.json must give every added token's id and text") from None
+    for i, token in sorted(added.items(), key=lambda pair: pair[0]):
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+        if tokenizer.token_to_id(token.content) != i:
+            raise UserError(f"{folder}: the added token {token.content!r} should be id {i}, but follows on {i - 1} ids only")
     return Tokenizer(tokenizer)
 
 
@@ -319,9 +325,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         raise UserError(f"{path} is refused: it is damaged or holds more than tensors, and a pickle that does can run "
                         "any code. Download it again, or get the safetensors") from None
-    except (OSError, RuntimeError, EOFError, ValueError):
+    except Exception:                                            # a file of the old form that is damaged raises anything
         raise UserError(f"{path} is damaged or cut off; download it again") from None
-    if not isinstance(held, dict) or not all(isinstance(x, Tensor) for x in held.values()):
+    if not isinstance(held, dict) or not all(isinstance(name, str) and isinstance(x, Tensor) for name, x in held.items()):
         raise UserError(f"{path} holds something else than a table of tensors")
     return held
 

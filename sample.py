@@ -11,6 +11,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 import resource
 import sys
@@ -42,7 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; give it again for more")
     add("--prompt", action="append", default=[], help=f'what to ask; give it again for more ("{DEFAULT_PROMPT}")')
     add("--weights", type=Path, metavar="DIR", help="model folder (the newest under out/)")
-    add("--chat-template", choices=TEMPLATES, help="how a conversation is written down (the model's own)")
+    add("--chat-template", choices=[name for name in TEMPLATES if name != "plain"], help="how a conversation is written down (the model's own)")
     add("--chat", action="store_true", help="read questions from stdin, remember what was said")
     add("--jsonl", action="store_true", help="each picture for itself, a line of JSON for each; folders are searched")
     add("--attention", type=Path, metavar="PNG", help="draw where the model looks while it says each word")
@@ -83,6 +84,14 @@ def check(args):
         raise UserError("--prompt is empty: ask something")
     if not args.prompt and not args.image and not args.chat:
         raise UserError("nothing to answer: name a picture with --image, or ask something with --prompt")
+    try:
+        "".join(args.prompt).encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt is not UTF-8 text") from None
+    if args.stats and args.jsonl:
+        raise UserError("--stats times one answer after another: leave --jsonl out")
+    if args.attention_layers and args.attention is None:
+        raise UserError("--attention-layers says what --attention draws: give it a file")
     if args.chat + args.jsonl + (args.attention is not None) > 1:
         raise UserError("--chat, --jsonl and --attention do not go together: give one of them")
     if args.chat and sys.stdin is None:
@@ -93,15 +102,19 @@ def check(args):
         raise UserError("--attention shows where the model looks in a picture: name one with --image")
     if args.attention is not None and len(args.prompt) > 1:
         raise UserError("--attention draws one answer: give one --prompt")
-    if args.attention is not None and not args.attention.absolute().parent.is_dir():
-        raise UserError(f"--attention {args.attention}: its folder does not exist")
+    if args.attention is not None and (args.attention.is_dir() or not args.attention.absolute().parent.is_dir()):
+        raise UserError(f"--attention {args.attention}: give a file in a folder that exists")
     args.attention_layers = layers(args.attention_layers)
-    args.image = [found for file in args.image for found in (search(file) if args.jsonl else [file])]
-    for file, times in Counter(file.resolve() for file in args.image).items():
-        if times > 1:
-            raise UserError(f"{file}: this picture is named twice; name it once")
-        if file.is_dir():
-            raise UserError(f"{file} is a folder: add --jsonl for a line of JSON a picture")
+    try:
+        args.image = [found for file in args.image for found in (search(file) if args.jsonl else [file])]
+        named = Counter(file.resolve() for file in args.image)
+        folders = [file for file in named if file.is_dir()]
+    except (OSError, RuntimeError) as error:                 # too long a name, or a link in a circle
+        raise UserError(f"--image: {error}") from None
+    if named and max(named.values()) > 1:
+        raise UserError(f"{max(named, key=named.get)}: this picture is named twice; name it once")
+    if folders:
+        raise UserError(f"{folders[0]} is a folder: add --jsonl for a line of JSON a picture")
 
 
 def search(file: Path) -> list[Path]:
@@ -245,13 +258,17 @@ def chat(speaker: Speaker):
             elif command == "/image" and speaker.model.config.vision is None:
                 raise UserError("this model has no image encoder: it reads text alone")
             elif command == "/image":
-                speaker.images.append(load_image(Path(rest.strip()).expanduser()))
+                speaker.images.append(load_image(Path(os.path.expanduser(rest.strip()))))
             elif line.startswith("/"):
                 raise UserError(f"{command} is not known; known: /image FILE, /reset, and Ctrl-D to end")
             elif line:
                 asked = {"from": "human", "value": place_pictures(line, len(speaker.images) - asked_about)}
-                said, _ = speaker.say(speaker.ids([*turns, asked]))
-                turns += [asked, {"from": "gpt", "value": said.strip()}]
+                try:
+                    said, _ = speaker.say(speaker.ids([*turns, asked]))
+                except UserError:                            # the next question must not fail for the same pictures
+                    del speaker.images[asked_about:], speaker.pictures[asked_about:]
+                    raise
+                turns += [asked, {"from": "gpt", "value": said.replace(IMAGE_TEXT, "").strip()}]
                 asked_about = len(speaker.images)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -264,7 +281,10 @@ def questions(prompts: list[str]) -> Iterator[str]:
     typed = sys.stdin.isatty()
     try:
         while True:
-            yield input("> " if typed else "").strip()
+            try:
+                yield input("> " if typed else "").strip().encode(errors="replace").decode()
+            except UnicodeDecodeError:
+                print("error: a line that is not UTF-8 text", file=sys.stderr)
     except EOFError:
         if typed:
             print()
@@ -293,7 +313,8 @@ def answer_each(speaker: Speaker):
         for (file, prompt), tokens in zip(asked, answers):
             text = "".join(stream_text(model.tokenizer, tokens, stop))
             line = {"image": str(file), "prompt": prompt, "answer": text.strip()}
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            line = json.dumps(line, ensure_ascii=False)
+            print(line.encode(errors="backslashreplace").decode(), flush=True)         # a name that is not UTF-8
     if broken:
         raise UserError(f"{broken} of {len(args.image)} pictures could not be read; their lines say why")
 

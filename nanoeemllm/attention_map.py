@@ -66,14 +66,18 @@ def _samples(run) -> Tensor:
 
 def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:
     """The words of an answer, each with the numbers of its tokens."""
-    words, before = [], ""
+    words, before, numbers = [], "", []
     for number in range(len(answer)):
         text = tokenizer.decode(answer[:number + 1])
+        numbers.append(number)
+        if text.endswith("\ufffd") and number + 1 < len(answer):
+            continue                                          # a character that is not whole yet
         piece, before = text[len(before):], text
         if not words or piece[:1].isspace() or words[-1][0][-1:].isspace():
-            words.append((piece, [number]))
+            words.append((piece, numbers))
         else:
-            words[-1] = words[-1][0] + piece, words[-1][1] + [number]
+            words[-1] = words[-1][0] + piece, words[-1][1] + numbers
+        numbers = []
     return [(word.strip(), numbers) for word, numbers in words if word.strip()]
 
 
@@ -92,7 +96,10 @@ def draw_attention(file: Path, model, ids: list[int], images: list, answer: list
         parts = (of_word / of_word.max().clamp(min=1e-9)).split([h * w for _, (h, w) in seen])
         label = f"{word}  {of_word.sum():.0%}"
         panels.append((label, [_heated(picture, part.view(grid)) for (picture, grid), part in zip(seen, parts)]))
-    _sheet(panels).save(file, "PNG")
+    try:
+        _sheet(panels).save(file, "PNG")
+    except OSError as error:
+        raise UserError(f"--attention {file} cannot be written: {error.strerror}") from None
 
 
 def as_seen(image: Image.Image, vision: VisionConfig) -> tuple[Image.Image, tuple[int, int]]:

@@ -60,6 +60,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="for the JSON file and the plot")
     add_visual_path_flags(parser)
     args = parser.parse_args(argv)
+    if args.weights and args.preset:
+        raise UserError("--weights and --preset are two models: give one of them")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be made: {error.strerror}") from None
     args.device = device_from(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = args.device.startswith("cuda")
     args.preset = args.preset or ("eemllm-7b-980" if gpu else "eemllm-300m")
@@ -244,7 +250,6 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def save(args, rows: list[dict], series: dict, title: str, x_label: str, y_label: str):
-    args.out.mkdir(parents=True, exist_ok=True)
     told = {key: str(value) if isinstance(value, (Path, torch.dtype)) else value for key, value in vars(args).items()}
     (args.out / f"{args.what}.json").write_text(json.dumps({"machine": machine(args.device), **told, "rows": rows}, indent=1))
     line_chart(args.out / f"{args.what}.png", series, title, x_label, y_label, log_x=args.what == "decode")

@@ -81,6 +81,10 @@ class VisionConfig:
                               ("hidden_act", ("gelu_tanh", "quick_gelu"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"vision {name} is {getattr(self, name)!r}; known: {', '.join(allowed)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(f"vision num_attention_heads {self.num_attention_heads} must divide hidden_size {self.hidden_size}")
+        if not len(self.image_mean) == len(self.image_std) == 3 or 0 in self.image_std:
+            raise UserError("vision image_mean and image_std must have a number for each colour, of image_std none 0")
 
     @property
     def grid_size(self) -> int:

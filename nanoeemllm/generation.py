@@ -1,5 +1,6 @@
 """From logits to text: choosing a token, and reading a batch of prompts on, each to its own end."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from nanoeemllm.config import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 takes the likeliest one and ignores the rest.
+    """How the next token is chosen. temperature 0 takes the likeliest one, after the penalty.
 
     top_k: the k likeliest; top_p: the fewest whose probabilities reach p; min_p: those with at least min_p times the
     probability of the likeliest. repetition_penalty > 1 lowers tokens that were said before (Keskar et al. 2019).
@@ -24,11 +25,12 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self):
-        for name, good, wanted in (("temperature", self.temperature >= 0, "0 or more"),
+        for name, good, wanted in (("temperature", 0 <= self.temperature < math.inf, "0 or more"),
                                    ("top_k", self.top_k >= 0, "0 (off) or more"),
                                    ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
                                    ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-                                   ("repetition_penalty", self.repetition_penalty > 0, "over 0")):
+                                   ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "over 0"),
+                                   ("seed", self.seed is None or 0 <= self.seed < 2 ** 63, "0 or more and under 2^63")):
             if not good:
                 raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be {wanted}")
 
@@ -40,7 +42,8 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
         logits = torch.where(seen, torch.where(logits > 0, logits / p, logits * p), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.float() / sampling.temperature).softmax(-1)
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)       # so that none overflows at a low temperature
+    probabilities = (logits / sampling.temperature).softmax(-1)
     ordered, order = probabilities.sort(dim=-1, descending=True)
     keep = ordered >= sampling.min_p * ordered[:, :1]
     keep &= ordered.cumsum(-1) - ordered < sampling.top_p        # what stands before it has not reached p yet
@@ -62,9 +65,11 @@ class Stop:
             raise UserError("a stop string is empty: every answer would end at once")
 
     def said(self, answer: list[int]) -> bool:
-        """Whether the text of the last few ids holds a stop string; a token is at least a byte of it."""
+        """Whether the text of the last few ids holds a stop string; a token is at least a byte of it. A character is up to
+        four bytes, and from within one the tokens of bytes that follow cannot be read: four beginnings are tried."""
         reach = max((len(string.encode()) for string in self.strings), default=0) + 4
-        return bool(self.strings) and any(string in self.tokenizer.decode(answer[-reach:]) for string in self.strings)
+        ends = {self.tokenizer.decode(answer[-reach - k:]) for k in range(4)} if self.strings else ()
+        return any(string in text for string in self.strings for text in ends)
 
 
 @torch.inference_mode()

@@ -54,10 +54,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey pictures of 16 bits and more. Pillow's own conversion cuts everything above 255 off."""
-    pixels = np.asarray(image).astype(np.float64)
-    top = 65535 if image.mode.startswith("I;16") or pixels.max() > 255 else 255 if pixels.max() > 1 else 1
-    if image.mode == "I":
-        top = max(top, 255)
+    pixels = np.nan_to_num(np.asarray(image).astype(np.float64))
+    if image.mode == "F":                                                    # what was resized is a little over its top
+        top = 1 if pixels.max() < 1.5 else 255 if pixels.max() < 300 else 65535
+    else:
+        top = 65535 if image.mode.startswith("I;16") or pixels.max() > 255 else 255
     return Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8))
 
 
@@ -80,6 +81,8 @@ def _resize(image: Image.Image, vision: VisionConfig) -> Image.Image:
                             Image.Resampling.BILINEAR)
     if vision.resize == "pad" and image.width != image.height:
         side = max(image.size)
+        if side ** 2 > 2 * Image.MAX_IMAGE_PIXELS:
+            raise UserError(f"a picture of {image.width} x {image.height} pixels is too long to be padded to a square")
         square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in vision.image_mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square

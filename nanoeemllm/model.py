@@ -148,7 +148,7 @@ class EEMLLM(nn.Module):
     def generate_batch(self, prompts: list[list[int]], images: list[list] | None = None, max_new_tokens: int = 128,
                        stop_ids: set[int] | None = None, stop_strings: tuple[str, ...] = (),
                        pictures: list[list[Picture]] | None = None, **sampling) -> list[list[int]]:
-        """All prompts at once, unequal lengths and pictures: the same answers as one by one. Prompts with the same
+        """All prompts at once, unequal lengths and pictures: the same answers as one by one, if none is drawn. Prompts with the same
         pictures at the same places share one copy of them."""
         answers = [[] for _ in prompts]
         for step in generate_steps(self, prompts, images, pictures, max_new_tokens, Sampling(**sampling),
@@ -177,6 +177,9 @@ class EEMLLM(nn.Module):
         else:
             patches, grids = self._patches(images or [[] for _ in prompts])
         ids, layout = build_layout(prompts, grids)
+        if len(ids) and ids.max() >= self.config.llama.vocab_size:
+            raise UserError(f"token {ids.max()} is beyond the model's vocabulary of {self.config.llama.vocab_size}: its "
+                            "tokenizer has more words than its weights")
         if max_new_tokens:
             self._check_context(layout, max_new_tokens)
 

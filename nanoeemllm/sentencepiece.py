@@ -37,7 +37,7 @@ def read_sentencepiece(path: Path, prefix_everywhere: bool = True) -> tokenizers
         trainer, normalizer = (_fields(model[n][0]) if n in model else {} for n in (2, 3))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (IndexError, KeyError, ValueError, struct.error):
+    except (TypeError, IndexError, KeyError, ValueError, struct.error):
         raise UserError(f"{path} is no SentencePiece model, or is cut off") from None
     _check(path, trainer, pieces)
 

@@ -403,3 +403,22 @@ def test_loading_a_broken_model_folder(damage, said, tmp_path):
     damage(tmp_path / "model")
     with pytest.raises(UserError, match=said):
         nanoeemllm.load(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize("about", [{"5": "<tool>"}, {"x": {"content": "<tool>"}}, {"5": {}}, ["<tool>"]])
+def test_odd_added_tokens_are_refused(tmp_path, about):
+    folder = shutil.copytree(SOURCES / "vicuna", tmp_path / "source")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": about}))
+    with pytest.raises(UserError, match="added token's id and text"):
+        convert_weights.read_tokenizer(folder)
+
+
+def test_an_added_token_that_is_not_special_is_read_and_said(tmp_path):
+    folder = shutil.copytree(SOURCES / "vicuna", tmp_path / "source")
+    for file in ("tokenizer_config.json", "added_tokens.json"):
+        (folder / file).unlink(missing_ok=True)
+    new = convert_weights.read_tokenizer(folder).vocab_size
+    added = {str(new): {"content": "<tool>", "special": False}, str(new + 1): {"content": "<end>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    tokenizer = convert_weights.read_tokenizer(folder)
+    assert new in tokenizer.encode("a <tool> b") and "<tool>" in tokenizer.decode([new]) and tokenizer.decode([new + 1]) == ""

@@ -1,6 +1,7 @@
 """Answers: kept pictures, the static cache, stops, sampling."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from nanoeemllm.prompt import Tokenizer
 from nanoeemllm.toy import make_tokenizer
 from test_model import picture
 
+GOLDEN = Path(__file__).parent / "golden"
 COMPOSITE = ["eemllm", "naavit", "saisa", "flamingo"]
 LOOKING_AT_TEXT = ["llava", "eemllm-f", "yopo"]
 PATHS = {"eemllm-f": VisualPathConfig("eemllm-f", composite_layers=(1, 2)), "flamingo": VisualPathConfig("flamingo", every=2),
@@ -262,3 +264,29 @@ def test_stop_without_strings_reads_no_text():
     assert not Stop(frozenset({1})).said([1, 2, 3])
     with pytest.raises(UserError, match="max-new-tokens is 0"):
         list(make_model().generate([1], max_new_tokens=0))
+
+
+def test_stop_strings_and_words_of_tokens_that_are_bytes():
+    """A tokenizer that has only bytes for these characters: a window that begins within one must not hide the others."""
+    from convert_weights import read_tokenizer
+    from nanoeemllm.attention_map import words_of
+    tokenizer = read_tokenizer(GOLDEN / "sources" / "vicuna")
+    said = tokenizer.encode("the 猫犬鳥魚馬牛羊 sat")
+    stop = Stop(strings=("馬",), tokenizer=tokenizer)
+    ends = [n for n in range(1, len(said) + 1) if stop.said(said[:n])]
+    assert "馬" in tokenizer.decode(said[:ends[0]]) and "馬" not in tokenizer.decode(said[:ends[0] - 1])
+    words = words_of(tokenizer, said)
+    assert [word for word, _ in words] == ["the", "猫犬鳥魚馬牛羊", "sat"]
+    assert tokenizer.decode([said[n] for n in words[1][1]]).strip() == "猫犬鳥魚馬牛羊"
+
+
+def test_low_temperatures_do_not_overflow():
+    logits = torch.tensor([[5.0, 80.0, -3.0]])
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (1e-3, 1e-30, 1e-40):
+        assert choose(logits, Sampling(temperature=temperature), generator, None).item() == 1
+
+
+def test_a_word_beyond_the_vocabulary_is_refused():
+    with pytest.raises(UserError, match="token 128 is beyond the model's vocabulary of 128"):
+        make_model().logits([1, 128])

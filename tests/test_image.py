@@ -161,3 +161,15 @@ def test_padding_is_the_mean_colour_and_centred():
     colours = patches.view(9, 3, 100).mean(-1)
     assert torch.allclose(colours[0], torch.tensor([127, 63, 191]) / 255 * 2 - torch.tensor([1.0, 0.5, 1.5]), atol=1e-3)
     assert torch.equal(colours[0], colours[7]) and (middle.min() > 0)
+
+
+@pytest.mark.parametrize("top, over", [(1.0, 1.0001), (255.0, 255.4)])
+def test_floats_that_are_a_little_over_their_top_are_not_scaled_down(top, over):
+    pixels = np.full((4, 4), top / 2, np.float32)
+    pixels[0, 0], pixels[0, 1] = over, np.nan
+    assert to_rgb(Image.fromarray(pixels)).getpixel((2, 2)) == (128, 128, 128)
+
+
+def test_a_strip_that_cannot_be_padded_to_a_square_is_refused():
+    with pytest.raises(UserError, match="60000 x 10 pixels is too long"):
+        prepare_image(Image.new("RGB", (60000, 10)), PAD)

@@ -90,13 +90,16 @@ def test_the_command_of_the_readme(place):
     (["--prompt", "hi", "--max-new-tokens", "600"], "and 600 new ones do not fit the model's context of 512"),
     (["--prompt", "<image> <image> hi", "--image", "0.png"], r"holds 2 <image> but 1 picture\(s\)"),
     (["--prompt", "hi", "--attention", "map.png"], "--attention shows where the model looks in a picture: name one"),
-    (["--image", "0.png", "--attention", "no/map.png"], "its folder does not exist"),
+    (["--image", "0.png", "--attention", "no/map.png"], "give a file in a folder that exists"), (["--image", "0.png", "--attention", "album"], "give a file"),
     (["--image", "0.png", "--attention", "map.png", "--attention-layers", "x"], "give a layer or a range"),
     (["--image", "0.png", "--attention", "map.png", "--attention-layers", "9-"], "2 layers look at the picture"),
     (["--image", "0.png", "--attention", "map.png", "--chat"], "do not go together"),
     (["--prompt", "hi", "--weights", "nowhere"], "nowhere/config.json: no such file"),
     (["--image", "0.png", "--weights", "out/text"], "out/text has no image encoder"),
     (["--prompt", "hi", "--device", "cuda:77"], "this machine has none"), (["--jsonl", "--prompt", "hi"], "--jsonl answers for each"),
+    (["--prompt", "caf\udce9"], "not UTF-8"), (["--image", "0.png", "--attention-layers", "1"], "give it a file"),
+    (["--image", "x" * 300 + ".png"], "--image: .*name too long"), (["--image", "0.png", "--jsonl", "--stats"], "leave --jsonl out"),
+    (["--prompt", "hi", "--seed", str(2 ** 70)], "under 2.63"), (["--prompt", "hi", "--temperature", "inf"], "0 or more"),
     (["--image", "out", "--jsonl"], "no pictures in this folder"), (["--prompt", "hi", "--stop", ""], "stop string is empty")])
 def test_bad_input_is_one_clear_line(run, flags, what):
     with pytest.raises(UserError, match=what) as error:
@@ -166,9 +169,9 @@ import sample
 inner, pauses = sample.stream_text, [60]
 def slow(tokenizer, ids, stop_strings):
     for piece in inner(tokenizer, ids, stop_strings):
+        pause = pauses.pop() if pauses else 0
         yield piece
-        if pauses:
-            time.sleep(pauses.pop())             # until Ctrl-C
+        time.sleep(pause)                        # until Ctrl-C
 sample.stream_text = slow
 sample.run_command(sample.main)
 """
@@ -297,3 +300,15 @@ def test_scores_in_memory_give_the_same_logits():
     expected = model.logits([1, IMAGE, 5, 6], [picture(1)])
     with bench_systems.scores_in_memory():
         torch.testing.assert_close(model.logits([1, IMAGE, 5, 6], [picture(1)]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_question_that_cannot_be_asked_takes_its_pictures_with_it(run, monkeypatch):
+    lines = ["/image 0.png"] * 30 + ["what is it?", "is there a cat?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    out, errors = run("--chat")
+    assert "do not fit the model's context" in errors and errors.count("error:") == 1 and len(out.splitlines()) == 1
+
+
+def test_output_that_nobody_reads_ends_quietly(place):
+    shut = subprocess.run(f"{sys.executable} {SCRIPT} --image album --jsonl | true", shell=True, cwd=place, capture_output=True, text=True)
+    assert "Traceback" not in shut.stderr
