@@ -19,6 +19,7 @@ import dataclasses
 import errno
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +74,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     data("--data", action="append", metavar="FILE[:WEIGHT]", help="LLaVA's JSON; several files are mixed by weight")
     data("--images", metavar="DIR", help="the folder that the pictures' names are relative to")
     data("--val-data", action="append", metavar="FILE", help="held-out conversations, measured at every checkpoint")
-    data("--epochs", type=positive(float), default=1.0, help="instead of --steps (1)")
+    data("--epochs", type=positive(float), help="instead of --steps (1)")
     data("--max-length", type=positive(int), help="tokens a sample; turns beyond are cut off (the model's context)")
     data("--micro-batch-tokens", type=positive(int), metavar="N",
          help=f"a micro-batch's, visual ones counted by what they cost ({MICRO_BATCH_TOKENS})")
@@ -96,6 +97,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data and args.stage not in ("pretrain", "finetune"):
         parser.error("--data is for one stage: add --stage pretrain or --stage finetune")
+    if args.init and args.stage == "all":
+        parser.error("--init is for one stage: add --stage pretrain or --stage finetune")
+    if (args.val_data or args.images or args.epochs) and not (args.data or args.assume):
+        parser.error("--val-data, --images and --epochs are for --data: name LLaVA's JSON")
+    if args.epochs and args.steps:
+        parser.error("--epochs and --steps say the same: give one of them")
+    if args.stage == "backbone" and (args.dry_run or args.show_batch):
+        parser.error("--dry-run and --show-batch are for pretrain and finetune")
+    if args.mfu > 1:
+        parser.error("--mfu is a part, 0.5 for a half")
     if (args.preset or args.assume) and not args.dry_run:
         parser.error("--preset and --assume are for --dry-run: add it, or leave them out")
     if args.preset and not args.assume:
@@ -119,13 +130,14 @@ def main(args: argparse.Namespace):
             return
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
+                raise UserError(f"{error.filename or args.out}: {error.strerror or error}") from error
             raise UserError(f"the disk is full ({error.filename or args.out}): the last checkpoint stands; make room and "
                             "run the same command with --resume") from error
         except UserError as error:
             if group.is_first or isinstance(error, OnOneProcess):
                 raise
-            sys.exit(2)                                  # the first process tells it
+            time.sleep(5)                                # the first process tells it, and all are ended,
+            raise UserError(f"process {group.rank}: {error}") from None           # unless this one is alone with it
     if "finetune" in stages and group.is_first and not (args.data or args.dry_run or args.show_batch):
         from nanoeemllm import toy_report
         model = load(args.out / "finetune", device=args.device)
@@ -156,24 +168,25 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: G
 
     told = {"init": str(start), "visual_path": dataclasses.asdict(config.visual_path), **data.told,
             **dataclasses.asdict(data.config)}
+    model = load(start, device="cpu", visual_path=config.visual_path, new_parts=stage == "pretrain")
     run = Run(args.out / f"{stage}-run", told, group, args.resume, args.force)
     if run.is_finished:
         if group.is_first:
             print(f"{stage}: finished already, {args.out / stage}")
         return
-
-    model = load(start, device="cpu", visual_path=config.visual_path, new_parts=stage == "pretrain")
     freeze_for(model, stage)
     model.decoder.checkpoint_activations = args.checkpoint_activations
     if args.compile:
         for layer in model.decoder.layers:
             layer.compile(dynamic=True)
     stored = spread(model, group)
-    train(model, lambda first: data.loader(data.plan, group, first, data.config.steps), data.config, run, group,
+    late = train(model, lambda first: data.loader(data.plan, group, first, data.config.steps), data.config, run, group,
           data.held_out and (lambda: data.loader(data.held_out, group, 0, data.held_out.steps_per_epoch)),
           args.checkpoint_every, args.max_bad)
     save_model(model, stored, group, args.out / stage)
     run.finish()
+    if late:
+        raise Stopped(f"{stage} is finished and saved: run the same command with --resume for what comes after it")
 
 
 def folder_config(start: Path, args: argparse.Namespace, world: WorldConfig) -> ModelConfig:
@@ -213,9 +226,17 @@ def open_data(stage: str, args: argparse.Namespace, world: WorldConfig, config: 
         settings, kind = stage_config(stage, args), "caption" if stage == "pretrain" else "conversation"
         mixture = Mixture([ToyDataset(world, "train", kind, settings.steps * settings.batch_size)])
         held_out = Mixture([ToyDataset(world, "held-out", kind, 8 * settings.batch_size)])
-        told = {"world": dataclasses.asdict(world)}
+        told = {"world": dataclasses.asdict(world), "by_cost": args.micro_batch_tokens is not None}
 
+    for name, data in (("--data", mixture), ("--val-data", held_out)):
+        if data and min(len(data), settings.batch_size) < group.size:
+            raise UserError(f"{name}: steps of {min(len(data), settings.batch_size)} samples cannot be dealt to {group.size} "
+                            "processes: give more samples, or a larger --batch-size")
     template = "plain" if stage == "pretrain" else config.chat_template
+    tokenizer.end_id(template)                           # raises for a template that is not known or does not fit
+    if tokenizer.vocab_size > config.llama.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} words and the language model {config.llama.vocab_size}: they "
+                        "do not belong together")
     how = (tokenizer, template, config.vision, args.max_length or config.llama.max_position_embeddings)
     cost_of = token_cost(config)
     budget = args.micro_batch_tokens or (MICRO_BATCH_TOKENS if args.data else None)
@@ -246,14 +267,14 @@ def stage_config(stage: str, args: argparse.Namespace, samples: int | None = Non
     given = {"steps": args.steps, "batch_size": args.batch_size, "learning_rate": args.lr}
     if samples is not None:
         steps_per_epoch = max(1, samples // (args.batch_size or PAPER[stage].batch_size))
-        given["steps"] = args.steps or max(1, round(args.epochs * steps_per_epoch))
+        given["steps"] = args.steps or max(1, round((args.epochs or 1) * steps_per_epoch))
     default = TINY[stage] if samples is None else PAPER[stage]
     return dataclasses.replace(default, seed=args.seed, **{key: x for key, x in given.items() if x is not None})
 
 
 def dry_run(stage: str, args: argparse.Namespace, config: ModelConfig, data: Data | None) -> list[str]:
     if data is None:
-        if not re.fullmatch(r"0*[1-9]\d*,0*[1-9]\d*,\d+", args.assume, re.ASCII):
+        if not re.fullmatch(r"[1-9]\d{0,11},[1-9]\d{0,6},\d{1,7}", args.assume, re.ASCII):
             raise UserError(f"--assume {args.assume}: give three whole numbers, as in 558000,60,4900")
         samples, text, visual = map(int, args.assume.split(","))
         settings = stage_config(stage, args, samples)
@@ -261,7 +282,14 @@ def dry_run(stage: str, args: argparse.Namespace, config: ModelConfig, data: Dat
     else:
         settings, mixture = data.config, data.plan.data
         chosen = np.random.default_rng(args.seed).permutation(mixture.order(args.seed, 0))[:64]
-        encoded = [data.encode(mixture[int(index)]) for index in chosen]
+        encoded = []
+        for index in chosen:
+            try:
+                encoded.append(data.encode(mixture[int(index)]))
+            except UserError as error:                   # the run leaves such a sample out, too
+                reason = error
+        if not encoded:
+            raise UserError(f"none of {len(chosen)} samples can be used; the last: {reason}")
         measures = [Measure(len(s.ids) - len(s.images), sum(s.learned), [grid for _, grid in s.images]) for s in encoded]
     return forecast(config, settings, measures, settings.steps * settings.batch_size, args.gpus, args.mfu,
                     args.micro_batch_tokens or MICRO_BATCH_TOKENS, args.checkpoint_activations)

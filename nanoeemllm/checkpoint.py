@@ -69,6 +69,9 @@ def load(folder, device=None, dtype: torch.dtype | None = None, visual_path: str
         raise UserError(f"{folder} was trained as {trained.name}; {config.visual_path.name} as asked for has other weights of "
                         f"its own: train them with train.py --stage pretrain --init {folder} and the same visual path")
     check_tensors(folder, expected, {name: tuple(x.shape) for name, x in state.items()})
+    odd = next((f"{name} is {x.dtype}" for name, x in state.items() if x.dtype not in _DTYPE_NAMES), None)
+    if odd:
+        raise UserError(f"{folder}: {odd}; weights must be float32, bfloat16 or float16")
     model.load_state_dict({name: state.pop(name).to(dtype=dtype) for name in list(state)}, assign=True)
     return model
 

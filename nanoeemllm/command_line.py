@@ -39,13 +39,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(number: type, or_zero: bool = False) -> Callable:
-    """A type for argparse: an int or a float over 0, or not under it."""
+    """A type for argparse: an int or a float over 0, or not under it, up to 2^31."""
     def parse(text: str):
         with contextlib.suppress(ValueError):
             value = number(text)
-            if 0 < value < math.inf or (or_zero and value == 0):
+            if 0 < value < 2 ** 31 or (or_zero and value == 0):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is no {number.__name__} {'of 0 or more' if or_zero else 'over 0'}")
+        raise argparse.ArgumentTypeError(f"{text!r} is no {number.__name__} {'of 0 or more' if or_zero else 'over 0'}, up to 2^31")
     return parse
 
 

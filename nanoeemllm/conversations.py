@@ -83,7 +83,7 @@ def _line_entries(file) -> Iterator[tuple[int, int, str, object]]:
         if line.strip():
             try:
                 yield start, end, f"line {number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if number == 1:
                     raise UserError(f"{file.name}: neither a JSON list of conversations nor one JSON object a line "
                                     f"({error})") from None
@@ -104,16 +104,19 @@ def _list_entries(file) -> Iterator[tuple[int, int, str, object]]:
             return
         try:
             entry, end = decode(text, at)
-        except ValueError as error:            # broken, or cut by the end of the chunk
+        except (ValueError, RecursionError) as error:            # broken, or cut by the end of the chunk
             more = file.read(CHUNK)
             if not more or len(text) - at > CHUNK:
                 raise UserError(f"{file.name}: conversation {number + 1}, at byte {base + at}, is not valid JSON "
-                                f"({error.msg}); is the file whole?") from None
+                                f"({error}); is the file whole?") from None
             text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
             continue
         number += 1
         if not isinstance(entry, dict) or not str(entry.get("image", "")).isascii():
-            entry = json.loads(text[at:end].encode("latin-1"))
+            try:
+                entry = json.loads(text[at:end].encode("latin-1"))
+            except ValueError as error:
+                entry = f"not valid JSON: {error}"
         where = f"id {entry['id']}" if isinstance(entry, dict) and "id" in entry else f"entry {number}"
         yield base + at, base + end, where, entry
         at = end
@@ -136,6 +139,8 @@ def find_problem(entry, images: Path | None) -> str | None:
                for turn in turns):
         return 'a turn without "from" or "value"'
     talk = turns[1:] if turns[0]["from"] in ("system", "gpt") else turns     # as encode_conversation has it
+    if talk is not turns and IMAGE_TEXT in turns[0]["value"]:
+        return f"{IMAGE_TEXT} before the first question"
     if [turn["from"] for turn in talk] != ["human", "gpt"] * (len(talk) // 2) or not talk:
         return 'roles out of order: "human" and "gpt" must take turns, human first, gpt last'
     if not all(turn["value"].strip() for turn in talk[1::2]):

@@ -77,9 +77,11 @@ class Mixture:
 
 def open_mixture(arguments: list[str], images: str | None, progress: bool = True) -> Mixture:
     """--data arguments, each "file" or "file:weight" -> Mixture of ConversationFiles."""
-    named = [re.fullmatch(r"(.+?)(?::(\d*\.?\d+(?:e-?\d+)?))?", argument).groups() for argument in arguments]
+    if not all(arguments):
+        raise UserError("--data is empty: name LLaVA's JSON")
+    named = [re.fullmatch(r"(?s)(.+?)(?::(\d*\.?\d+(?:e-?\d+)?))?", argument).groups() for argument in arguments]
     weights = [float(weight) for _, weight in named if weight is not None]
-    if weights and (len(weights) < len(named) or min(weights) <= 0):
+    if weights and (len(weights) < len(named) or min(weights) <= 0 or max(weights) == math.inf):
         raise UserError(f"--data {' '.join(arguments)}: give every file a weight above 0 (file.json:0.35) or none")
     return Mixture([ConversationFile(path, images, progress) for path, _ in named], weights or None)
 
@@ -185,7 +187,7 @@ class MicroBatch(NamedTuple):
 class Plan:
     """Which samples make up which step's global batch, and how it is dealt to ranks and micro-batches.
 
-    An epoch has len(data) // batch_size steps; the samples left over go one each to its first steps, so that every
+    An epoch has len(data) // batch_size steps; the samples left over are spread over its first steps, so that every
     sample is seen once. Costs are equalised by planning WINDOW steps together: their samples are sorted by cost and cut
     into groups of GROUP neighbours, and every step draws one group of each range of costs. Ranks then take their
     samples from the same groups, and none waits for another.
@@ -194,7 +196,7 @@ class Plan:
     def __init__(self, data: Mixture, batch_size: int, seed: int, cost: Callable[[dict], float] | None = None,
                  budget: float | None = None, workers: int = 0):
         """cost: of a conversation, in tokens (by default all cost 1). budget: a micro-batch's; by default one
-        micro-batch a step. A micro-batch goes over the budget only if it has one sample a rank. workers: processes."""
+        micro-batch a step. A micro-batch goes over the budget only if fewer would leave a rank without a sample. workers: processes."""
         self.data, self.seed, self.cost, self.budget, self.workers = data, seed, cost, budget, workers
         self.steps_per_epoch = max(1, len(data) // batch_size)
 

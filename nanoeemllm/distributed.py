@@ -185,7 +185,7 @@ def is_whole(folder: Path) -> bool:
     try:
         sizes = json.loads((folder / WHOLE).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from nanoeemllm.checkpoint import read_json
 from nanoeemllm.config import UserError
 from nanoeemllm.distributed import Group, is_whole, load_state, save_state
 from nanoeemllm.plot import line_chart
@@ -42,12 +43,15 @@ class Run:
             if not resume:
                 raise UserError(f"{self.folder} holds a run already: go on with it (--resume), train it anew (--force), or "
                                 "give another --out")
-            before = json.loads(told.read_text())
+            before = read_json(told)
             changed = [f"{key} was {before.get(key)!r} and is now {settings.get(key)!r}"
                        for key in sorted(before.keys() | settings.keys()) if before.get(key) != settings.get(key)]
             if changed:
                 raise UserError(f"{self.folder} cannot be resumed with other settings: {'; '.join(changed)}")
         else:
+            held = [] if force or not self.folder.exists() else [f for f in self.folder.iterdir() if f.name[0] != "."]
+            if held:
+                raise UserError(f"{self.folder} holds {held[0].name} but no run.json: move it away, or train anew (--force)")
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             write_aside(told, json.dumps(settings, indent=1).encode())
@@ -65,7 +69,7 @@ class Run:
     # ---- checkpoints ----
 
     def saved_steps(self) -> list[int]:
-        return sorted(int(p.name.removeprefix("step-")) for p in self.checkpoints.glob("step-*"))
+        return sorted(int(p.name[5:]) for p in self.checkpoints.glob("step-*") if p.name[5:].isdecimal())
 
     def save(self, step: int, state: dict[str, Tensor]):
         """Checkpoint after `step` steps; the newest KEEP stay."""
@@ -99,11 +103,16 @@ class Run:
 
     @staticmethod
     def _forget_after(step: int, file: Path) -> int:
-        """Returns how many lines stay. The last one may have been cut short."""
+        """Returns how many lines stay. Some may have been cut short."""
+        def stays(line: str) -> bool:
+            try:
+                return line.endswith("\n") and json.loads(line)["step"] <= step
+            except (ValueError, TypeError, KeyError):
+                return False
+
         if not file.exists():
             return 0
-        lines = file.read_text().splitlines(keepends=True)
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = list(filter(stays, file.read_text().splitlines(keepends=True)))
         write_aside(file, "".join(lines).encode())
         return len(lines)
 

@@ -164,10 +164,12 @@ class Stopped(Exception):
 
 
 def train(model: EEMLLM, load: Callable[[int], Loader], config: TrainConfig, run: Run, group: Group,
-          held_out: Callable[[], Iterable[Packed]] | None = None, checkpoint_every: int = 500, max_bad: float = 0.01):
+          held_out: Callable[[], Iterable[Packed]] | None = None, checkpoint_every: int = 500,
+          max_bad: float = 0.01) -> bool:
     """Trains in place a model that is frozen for the stage and spread over the group. load(first) gives this
     process's micro-batches of all steps from `first` on; held_out() those of the held-out data, measured
-    at every checkpoint. max_bad: part of the samples that may be unusable.
+    at every checkpoint. max_bad: part of the samples that may be unusable. Returns whether a signal came too late, in the
+    last step.
 
     Raises Stopped after a signal, the step finished and saved; UserError for a loss that is not finite, and for too
     many bad samples.
@@ -208,7 +210,7 @@ def train(model: EEMLLM, load: Callable[[int], Loader], config: TrainConfig, run
             start, waited = now, loader.waited
             save = (step + 1) % checkpoint_every == 0 or step + 1 == config.steps or seen.stop
             if save and held_out is not None and not seen.stop:
-                line["held_out_loss"] = measure(model, held_out(), group)
+                line |= measure(model, held_out(), group)
             run.note(line)
             bar.set_postfix_str(_in_short(line), refresh=False)
             bar.update()
@@ -219,7 +221,8 @@ def train(model: EEMLLM, load: Callable[[int], Loader], config: TrainConfig, run
                 run.draw_curve()
                 raise Stopped(f"stopped after step {step + 1} of {config.steps}; it is saved: run the same command "
                               "with --resume to go on")
-    run.draw_curve()
+        run.draw_curve()
+        return group.sum(len(caught))[0] > 0
 
 
 def steps_of(packed: Iterable[Packed]) -> Iterator[tuple[int, Iterator[Packed]]]:
@@ -237,10 +240,11 @@ def steps_of(packed: Iterable[Packed]) -> Iterator[tuple[int, Iterator[Packed]]]
 
 
 @torch.no_grad()
-def measure(model: EEMLLM, micro_batches: Iterable[Packed], group: Group) -> float:
-    """Mean loss over all learned-from tokens of held-out data."""
-    seen, _ = accumulate(model, micro_batches, None)
-    return seen.over(group).mean_loss
+def measure(model: EEMLLM, micro_batches: Iterable[Packed], group: Group) -> dict[str, float]:
+    """Mean loss over all learned-from tokens of held-out data, and how many of its samples cannot be used."""
+    seen = accumulate(model, micro_batches, None)[0].over(group)
+    found = {"held_out_loss": seen.mean_loss} if seen.learned else {}
+    return found | ({"held_out_bad": int(seen.bad)} if seen.bad else {})
 
 
 def training_state(model: EEMLLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -259,6 +263,7 @@ def training_state(model: EEMLLM, optimizer: torch.optim.Optimizer) -> dict[str,
 def _in_short(line: dict) -> str:
     mfu = f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
     held_out = f", held-out {line['held_out_loss']:.3f}" if "held_out_loss" in line else ""
+    held_out += f", held-out samples not used {line['held_out_bad']}" if "held_out_bad" in line else ""
     return (f"loss {line['loss']:.3f}{held_out}, lr {line['lr']:.1e}, {line['tokens_per_s']:,.0f} tokens/s{mfu}, "
             f"{line['memory_gb']:.1f} GB")
 

@@ -99,7 +99,7 @@ def test_the_command_of_the_readme(place):
     (["--prompt", "hi", "--device", "cuda:77"], "this machine has none"), (["--jsonl", "--prompt", "hi"], "--jsonl answers for each"),
     (["--prompt", "caf\udce9"], "not UTF-8"), (["--image", "0.png", "--attention-layers", "1"], "give it a file"),
     (["--image", "x" * 300 + ".png"], "--image: .*name too long"), (["--image", "0.png", "--jsonl", "--stats"], "leave --jsonl out"),
-    (["--prompt", "hi", "--seed", str(2 ** 70)], "under 2.63"), (["--prompt", "hi", "--temperature", "inf"], "0 or more"),
+    (["--prompt", "hi", "--seed", str(2 ** 70)], "up to 2.31"), (["--prompt", "hi", "--temperature", "inf"], "0 or more"),
     (["--image", "out", "--jsonl"], "no pictures in this folder"), (["--prompt", "hi", "--stop", ""], "stop string is empty")])
 def test_bad_input_is_one_clear_line(run, flags, what):
     with pytest.raises(UserError, match=what) as error:
