@@ -278,6 +278,23 @@ def test_too_few_samples_for_the_processes():
         deal(np.ones(3), 4, None)
 
 
+def test_odd_entries_of_a_list_are_told_and_left_out(tmp_path):
+    """Bytes that are no UTF-8, and a picture named before the first question."""
+    good = json.dumps({"id": "a", "conversations": turns("hi", "ho")}).encode()
+    early = json.dumps({"id": "b", "conversations": [{"from": "system", "value": "<image>"}, *turns("hi", "ho")]}).encode()
+    latin = '{"id": "c", "image": "café.png", "conversations": []}'.encode("latin-1")
+    (tmp_path / "d.json").write_bytes(b"[" + b",".join([good, early, latin, good]) + b"]")
+    file = ConversationFile(tmp_path / "d.json", progress=False)
+    assert len(file) == 2 and [key for key, _ in file.problems] == ["id b", "entry 3"]
+    assert "before the first question" in file.problems[0][1] and "not valid JSON" in file.problems[1][1]
+
+
+@pytest.mark.parametrize("argument", ["", "x.json:1e400"])
+def test_data_arguments_that_name_nothing(argument):
+    with pytest.raises(UserError, match="--data"):
+        open_mixture([argument], None)
+
+
 def test_token_cost_counts_the_work_of_the_paths():
     """By hand: C = 128, F = 384, H D = 128, G D = 64, FFN 3 C F a row; 4 layers, the last of which does not align. In
     weights, of which a pair of query and key in all heads takes 2 H D; the frozen encoder counts a third."""

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
+from safetensors.torch import save_file
 
 import train
 from nanoeemllm import checkpoint
 from nanoeemllm.config import UserError
 from nanoeemllm.model import EEMLLM
+from nanoeemllm.run import Run
 from nanoeemllm.toy import WorldConfig, export_llava
 from tiny_run import tiny_model
 
@@ -90,7 +94,8 @@ def test_what_is_missing_is_said(tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize("arguments", [["--data", "x.json"], ["--steps", "0"], ["--lr", "nan"], ["--preset", "tiny"],
-                                       ["--seed", "-1"], ["--workers", "-1"], ["--max-bad", "-0.1"], ["--assume", "10,5,3"]])
+                                       ["--seed", "-1"], ["--workers", "-1"], ["--max-bad", "-0.1"], ["--assume", "10,5,3"],
+                                       ["--init", "x"], ["--images", "x"], ["--mfu", "50"], ["--val-data", "x"]])
 def test_values_that_make_no_sense(arguments):
     with pytest.raises(UserError, match=arguments[0]):
         train.parse(arguments)
@@ -109,3 +114,52 @@ def test_unusable_conversations_are_told_before_the_first_step(world, tmp_path, 
     told = capsys.readouterr().err
     assert "2 of 40 conversations cannot be used" in told and "is outside of the image folder" in told and "an empty answer" in told
     call(*arguments, "--max-bad", 0.1)
+
+
+def test_a_folder_without_run_json_is_left_as_it_is(world, tmp_path):
+    (tmp_path / "pretrain-run" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    for more in ([], ["--resume"]):
+        with pytest.raises(UserError, match="holds checkpoints but no run.json"):
+            on_files(world, tmp_path, "pretrain", "--init", world / "start", "--steps", 2, *more)
+    assert (tmp_path / "pretrain-run" / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_a_finished_run_outlives_a_mistake_with_force(world, tmp_path):
+    on_files(world, tmp_path, "pretrain", "--init", world / "start", "--steps", 2)
+    on_files(world, tmp_path, "finetune", "--steps", 2)
+    with pytest.raises(UserError, match="other weights of its own"):
+        on_files(world, tmp_path, "finetune", "--steps", 2, "--force", "--visual-path", "saisa")
+    assert (tmp_path / "finetune-run" / "finished").exists()
+
+
+def test_a_signal_in_the_last_step_stops_after_the_stage(world, tmp_path, monkeypatch, capsys):
+    inner = Run.save
+
+    def save(self, step, state):
+        inner(self, step, state)
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(Run, "save", save)
+    on_files(world, tmp_path, "pretrain", "--init", world / "start", "--steps", 2)
+    assert "pretrain is finished and saved: run the same command with --resume" in capsys.readouterr().out
+    assert (tmp_path / "pretrain" / "config.json").exists() and (tmp_path / "pretrain-run" / "finished").exists()
+
+
+def test_held_out_samples_that_cannot_be_used_are_counted(world, tmp_path):
+    held_out = json.loads((world / "pretrain.json").read_text())[:5]
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    file = tmp_path / "held_out.json"
+    file.write_text(json.dumps([entry | {"image": str((tmp_path / "broken.png").name)} for entry in held_out]))
+    (world / "images" / "broken.png").write_bytes(b"no picture")
+    on_files(world, tmp_path, "pretrain", "--init", world / "start", "--steps", 2, "--val-data", file)
+    last = json.loads((tmp_path / "pretrain-run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["held_out_bad"] == 5 and "held_out_loss" not in last
+
+
+def test_weights_of_another_type_are_refused(world, tmp_path):
+    model = checkpoint.load(world / "start", device="cpu")
+    tensors = {name: x.double() for name, x in model.state_dict().items()}
+    checkpoint.save(model.state_dict(), model.config, model.tokenizer, tmp_path / "model")
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        save_file(tensors, file)
+    with pytest.raises(UserError, match="is torch.float64; weights must be"):
+        checkpoint.load(tmp_path / "model", device="cpu")
