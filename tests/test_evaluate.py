@@ -375,3 +375,28 @@ def test_damaged_predictions_and_folders_that_cannot_be_written(tmp_path, weight
     file.write_text(file.read_text() + "\0\0\n")
     with pytest.raises(UserError, match="predictions-0.jsonl is damaged"):
         run(folder, tsv)
+
+
+def test_a_row_that_was_bad_is_asked_again_when_it_is_mended(tmp_path, weights, capsys):
+    folder, _ = weights
+    rows = [[0, encoded(), "Which?", "red", "blue", "", "A", "hue", ""], [1, "", "Which?", "red", "blue", "", "A", "hue", "late.png"]]
+    tsv = write_tsv(tmp_path / "Late.tsv", (*COLUMNS, "image_path"), rows)
+    run(folder, tsv)
+    assert "over 1 of 2 rows" in capsys.readouterr().out
+    picture().save(tmp_path / "late.png")
+    run(folder, tsv)
+    out = capsys.readouterr().out
+    assert "1 of 2 rows are answered" in out and "over 2 of 2 rows" in out
+
+
+def test_columns_called_row_and_bad_change_nothing(tmp_path, weights, capsys):
+    folder, _ = weights
+    tsv = write_tsv(tmp_path / "Odd.tsv", ("row", "bad", *COLUMNS), [[7, "x", 0, encoded(), "Which?", "red", "blue", "", "A", "hue"]])
+    run(folder, tsv)
+    assert "over 1 of 1 rows" in capsys.readouterr().out
+
+
+def test_a_byte_order_mark_before_a_quoted_header(tmp_path):
+    tsv = write_tsv(tmp_path / "t.tsv", COLUMNS, [[0, encoded(), "Which?", "red", "blue", "", "A", "hue"]], csv.QUOTE_ALL)
+    tsv.write_bytes(b"\xef\xbb\xbf" + tsv.read_bytes())
+    assert TSV(tsv, quiet=True)[0]["answer"] == "A"

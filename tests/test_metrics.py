@@ -91,6 +91,9 @@ def test_mmmu_open_questions():
     assert open_answer("12", ["12.5"]) == 0 and open_answer("112", ["12"]) == 0
     assert open_answer("It is the Nile.", ["nile", "the nile"]) == 1
     assert open_answer("", ["nile"]) == 0
+    for same in ("5%", "9.09%", "1e-5", ".5", "1,000", "-3.25"):
+        assert open_answer(same, [same]) == 1
+    assert open_answer("1e3", ["1000"]) == open_answer("0.5", [".5"]) == 1 and open_answer("3.5", [".5"]) == 0
 
 
 def test_grade_reads_by_kind():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,20 @@ def test_every_path_is_timed_at_both_sizes():
     times = time_prefills()
     assert {place.split(",")[0] for place in times} == {row for row, _ in lines_of("paths", 0)}
     assert len(times) == 14 and all(ms > 0 for ms in times.values())
+
+
+def test_two_commands_share_one_results_file(tmp_path):
+    def add(name: str):
+        results = Results(tmp_path / "r.json", SETTINGS)
+        for number in range(30):
+            results.add("runs", {f"{name}{number}": {"accuracy": 1}})
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(add, "ab"))
+    assert len(Results(tmp_path / "r.json", SETTINGS).runs) == 60
+
+
+def test_a_results_file_that_cannot_be_written_is_told_first(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write into"):
+        main(["data", "--results", str(tmp_path / "file" / "r.json"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
