@@ -17,6 +17,7 @@ number of processes too. --dry-run tells beforehand what a stage needs and costs
 import argparse
 import dataclasses
 import errno
+import os
 import re
 import sys
 import time
@@ -79,7 +80,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     data("--micro-batch-tokens", type=positive(int), metavar="N",
          help=f"a micro-batch's, visual ones counted by what they cost ({MICRO_BATCH_TOKENS})")
     data("--workers", type=positive(int, or_zero=True), metavar="N",
-         help="processes that prepare batches, for each process that trains (4)")
+         help="processes that prepare batches, for each process that trains (4, or the cores there are)")
     data("--max-bad", type=positive(float, or_zero=True), default=0.01, metavar="PART",
          help="samples that may be unusable (0.01)")
 
@@ -240,7 +241,7 @@ def open_data(stage: str, args: argparse.Namespace, world: WorldConfig, config: 
     how = (tokenizer, template, config.vision, args.max_length or config.llama.max_position_embeddings)
     cost_of = token_cost(config)
     budget = args.micro_batch_tokens or (MICRO_BATCH_TOKENS if args.data else None)
-    workers = args.workers if args.workers is not None else 4 if args.data else 0
+    workers = args.workers if args.workers is not None else min(4, os.cpu_count() or 1) if args.data else 0
 
     def deal(mixture: Mixture) -> Plan:
         cost = (lambda conversation: cost_of(*count_tokens(conversation, *how))) if budget else None

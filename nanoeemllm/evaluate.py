@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanoeemllm.benchmark import TSV, as_list, detect, read_answers, write_answers
-from nanoeemllm.calibrate import choose_heads, measure
+from nanoeemllm.calibrate import FIRST, choose_heads, measure
 from nanoeemllm.checkpoint import load, read_json
 from nanoeemllm.command_line import (Parser, add_visual_path_flags, device_from, positive, run_command,
                                      visual_path_from)
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None):
         raise UserError(f"{args.tsv} has no rows under its first line")
     metric = args.metric or detect(args.tsv.stem, tsv.columns)
     if args.calibrate_heads:
-        path = dataclasses.replace(path, name=args.visual_path or config.visual_path.name)     # the folder's own stays
+        path = dataclasses.replace(path, name=config.visual_path.name)             # the model stays what it is
         return calibrate_heads(args, tsv, metric, path)
     settings = {
         "weights": str(args.weights.resolve()), "written": (args.weights / "config.json").stat().st_mtime,
@@ -290,6 +290,10 @@ def calibrate_heads(args, tsv: TSV, metric: str, path: VisualPathConfig):
     if not path.prune_heads:
         raise UserError("--calibrate-heads: say how many heads a layer to prune on the average with --prune-heads N")
     model, refused = open_model(args, VisualPathConfig("llava")), []
+    cut = path.visual_layers(model.config.llama)
+    if cut <= FIRST:
+        raise UserError(f"--calibrate-heads: layers under {FIRST} keep all heads, and from {cut} on none sees pictures, so "
+                        "there is nothing to prune: give a higher --last-visual-layer")
 
     def prompts():
         for i in tqdm(range(len(tsv)), "calibration", disable=None):
@@ -304,7 +308,7 @@ def calibrate_heads(args, tsv: TSV, metric: str, path: VisualPathConfig):
         ratios = measure(model, prompts())
     except UserError as error:
         raise UserError(f"{error}; the first row: {refused[0]}" if refused else str(error)) from None
-    kept, threshold = choose_heads(ratios, path.prune_heads, path.visual_layers(model.config.llama))
+    kept, threshold = choose_heads(ratios, path.prune_heads, cut)
     config = dataclasses.replace(model.config, visual_path=dataclasses.replace(path, kept_heads=kept))
     write_aside(args.weights / "config.json", json.dumps(config.to_dict(), indent=2).encode())
     for layer, heads in enumerate(kept):

@@ -69,7 +69,9 @@ def test_command_writes_the_heads_that_yopo_then_uses(tmp_path, capsys):
     command = ["--weights", str(folder), "--tsv", str(tmp_path / "set.tsv"), "--calibrate-heads"]
     with pytest.raises(UserError, match="--prune-heads"):
         main(command)
-    main([*command, "--prune-heads", "2", "--last-visual-layer", "4"])
+    with pytest.raises(UserError, match="nothing to prune: give a higher --last-visual-layer"):
+        main([*command, "--prune-heads", "2"])
+    main([*command, "--prune-heads", "2", "--visual-path", "yopo", "--last-visual-layer", "4"])
     kept = json.loads((folder / "config.json").read_text())["visual_path"]["kept_heads"]
     assert [len(heads) for heads in kept[:2]] == [4, 4] and sum(map(len, kept[2:])) == 4
     assert load(folder, "cpu").config.visual_path.name == "llava"
