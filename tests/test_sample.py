@@ -163,7 +163,8 @@ def test_chat_remembers_until_reset(run, monkeypatch):
         chat("")
 
 
-SLOWLY = """import sys, time
+SLOWLY = """import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)             # a shell's background jobs ignore it
 sys.path.insert(0, {0!r})
 import sample
 inner, pauses = sample.stream_text, [60]
