@@ -281,11 +281,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
                   for i, token in about.get("added_tokens_decoder", {}).items()}
         added = {i: AddedToken(text, special=special, normalized=False) for i, (text, special) in added.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{folder}: tokenizer_config.json and added_tokens.json must give every added token's id and text") from None
+        raise UserError(f"{folder}: tokenizer_config.json and added_tokens.json must give every added token's id and "
+                        "text") from None
     for i, token in sorted(added.items(), key=lambda pair: pair[0]):
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         if tokenizer.token_to_id(token.content) != i:
-            raise UserError(f"{folder}: the added token {token.content!r} should be id {i}, but follows on {i - 1} ids only")
+            raise UserError(f"{folder}: the added token {token.content!r} should be id {i}, but follows on {i - 1} ids "
+                            "only")
     return Tokenizer(tokenizer)
 
 

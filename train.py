@@ -241,7 +241,8 @@ def open_data(stage: str, args: argparse.Namespace, world: WorldConfig, config: 
     how = (tokenizer, template, config.vision, args.max_length or config.llama.max_position_embeddings)
     cost_of = token_cost(config)
     budget = args.micro_batch_tokens or (MICRO_BATCH_TOKENS if args.data else None)
-    workers = args.workers if args.workers is not None else min(4, os.cpu_count() or 1) if args.data else 0
+    usual = min(4, os.cpu_count() or 1) if args.data else 0
+    workers = usual if args.workers is None else args.workers
 
     def deal(mixture: Mixture) -> Plan:
         cost = (lambda conversation: cost_of(*count_tokens(conversation, *how))) if budget else None

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import math
 import os
 import re
 import sys

@@ -36,7 +36,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from nanoeemllm.attention import Run, check_attention_inputs
 
@@ -285,7 +285,7 @@ def composite_attention_kernel(q: Tensor, k_visual: Tensor, v_visual: Tensor, k_
     return attend(q, k_visual, v_visual, k_text, v_text, runs, max_lengths, scale)[0]
 
 
-@torch.library.custom_op("nanoeemllm::attend", mutates_args=())
+@library.custom_op("nanoeemllm::attend", mutates_args=())
 def attend(q: Tensor, k_visual: Tensor, v_visual: Tensor, k_text: Tensor, v_text: Tensor, runs: list[Tensor],
            max_lengths: list[int], scale: float) -> tuple[Tensor, Tensor]:
     """runs: start, length, position of query, visual and text. -> out (N, H, D), lse (N, H) float32.

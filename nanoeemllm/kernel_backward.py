@@ -14,7 +14,7 @@ ends at the first query that sees the tile's last key.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from nanoeemllm.kernel import (FAR, LOG2_E, Tile, block_width, count_visible, dense_rows, kernel_runs, key_range,
                                load_keys, load_tile, packed_rows, query_tile, tuned, visible)
@@ -139,7 +139,7 @@ backward_query = tuned(backward_query_kernel, QUERY, lambda tile: 2 * tile.BLOCK
 backward_keys = tuned(backward_keys_kernel, KEYS, lambda tile: 2 * tile.BLOCK_N + 2 * tile.stages * tile.BLOCK_M)
 
 
-@torch.library.custom_op("nanoeemllm::attend_backward", mutates_args=())
+@library.custom_op("nanoeemllm::attend_backward", mutates_args=())
 def attend_backward(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k_visual: Tensor, v_visual: Tensor,
                     k_text: Tensor, v_text: Tensor, runs: list[Tensor], max_lengths: list[int], scale: float,
                     needed: list[bool]) -> list[Tensor]:

@@ -6,6 +6,7 @@ process of its own. To see its tests one by one: TRITON_INTERPRET=1 python -m py
 
 import pytest
 import torch
+from torch import library
 
 from kernel_cases import NAMES, WIDTHS, distances, random_case, true_values, with_gradients
 from nanoeemllm import kernel, kernel_backward
@@ -168,8 +169,8 @@ def test_gradients_of_some_inputs_only(wanted, monkeypatch):
 def test_operator_checks():
     tensors, runs, _ = random_case(4, 16, torch.float32, longest=40)
     tensors = [x.detach().requires_grad_() for x in tensors]
-    torch.library.opcheck(kernel.attend, (*tensors, [x for run in runs for x in run[:3]],
-                                          [run.max_length for run in runs], 0.25))
+    library.opcheck(kernel.attend, (*tensors, [x for run in runs for x in run[:3]],
+                                    [run.max_length for run in runs], 0.25))
 
 
 @pytest.mark.parametrize("how", ["compile", "checkpoint"])

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoeemllm.config import IMAGE_TOKEN, PRESETS, LlamaConfig, ModelConfig, VisionConfig, VisualPathConfig
+from nanoeemllm.config import IMAGE_TOKEN, LlamaConfig, ModelConfig, VisionConfig, VisualPathConfig
 from nanoeemllm.decoder import KVCache
 from nanoeemllm.flops import forward_operations, main, published_paths, training_operations, visual_key_heads
 from nanoeemllm.layout import build_layout

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from layouts import seeded
-from nanoeemllm.config import IMAGE_TOKEN, PRESETS, UserError, VisionConfig, VisualPathConfig
+from nanoeemllm.config import IMAGE_TOKEN, PRESETS, UserError, VisualPathConfig
 from nanoeemllm.data import Sample
 from nanoeemllm.image import prepare_image
 from nanoeemllm.layout import build_layout
