@@ -1,6 +1,6 @@
 """From a conversation to token ids, and from ids back to words.
 
-`encode_conversation` makes the ids and the learned-from mask together, token by token, so that they cannot drift
+`encode_conversation` makes the ids and the loss mask together, token by token, so that they cannot drift
 apart. A template is data: what stands before and after each speaker's words. Its special tokens, written `<|name|>`,
 become ids; the same characters in a user's text stay text. An image is one IMAGE_TOKEN. "vicuna_v1", # is learned:
 
@@ -143,7 +143,7 @@ def encode_conversation(tokenizer: Tokenizer, conversation: list[dict], template
     writer = _write(tokenizer, conversation, template)
     if conversation[-1]["from"] != "gpt":
         raise UserError("a conversation to learn from must end with the assistant's words (\"from\": \"gpt\")")
-    return writer.ids, writer.learned
+    return writer.ids, writer.loss_mask
 
 
 def encode_prompt(tokenizer: Tokenizer, turns: str | list[dict], template: str) -> list[int]:
@@ -179,8 +179,8 @@ def _write(tokenizer: Tokenizer, turns: list[dict], name: str) -> "_Writer":
             writer.template(template.assistant)
             writer.flush()
             writer.words(template.lead + turn["value"])
-            writer.flush(learned=True)
-            writer.token(tokenizer.end_id(name), learned=True, prefix=tokenizer.prefix_after_special)
+            writer.flush(target=True)
+            writer.token(tokenizer.end_id(name), target=True, prefix=tokenizer.prefix_after_special)
     return writer
 
 
@@ -200,7 +200,7 @@ class _Writer:
     def __init__(self, tokenizer: Tokenizer, bos: bool):
         self.tokenizer, self.text, self.prefix = tokenizer, "", True
         self.ids = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
-        self.learned = [False] * len(self.ids)
+        self.loss_mask = [False] * len(self.ids)
 
     def template(self, text: str, words: str = ""):
         """A template's text; {} in it is replaced by words, which hold no special tokens."""
@@ -219,16 +219,16 @@ class _Writer:
             self.token(IMAGE_TOKEN, prefix=True)  # as LLaVA: behind an image a new string begins
             self.text += part
 
-    def token(self, token: int, prefix: bool, learned: bool = False):
+    def token(self, token: int, prefix: bool, target: bool = False):
         self.flush()
         self.ids.append(token)
-        self.learned.append(learned)
+        self.loss_mask.append(target)
         self.prefix = prefix
 
-    def flush(self, learned: bool = False):
+    def flush(self, target: bool = False):
         ids = self.tokenizer.encode(self.text, prefix=self.prefix) if self.text else []
         self.ids += ids
-        self.learned += [learned] * len(ids)
+        self.loss_mask += [target] * len(ids)
         self.text, self.prefix = "", False if ids else self.prefix
 
 

@@ -1,17 +1,18 @@
-"""The image encoder: packed patches -> packed features, for SigLIP and CLIP, any mix of picture sizes.
+"""The image encoder and the projector: packed patches -> features -> visual tokens.
 
-    x = W patch + position;   per layer: x += W_O attention(LayerNorm(x));   x += W_2 GELU(W_1 LayerNorm(x))
+    x = W patch + position
+    per layer:  x += W_O attention(LayerNorm(x));   x += W_2 GELU(W_1 LayerNorm(x))
 
-Patches of all pictures lie in one tensor (P, 3*p*p), as the tokens of all samples do in the decoder, and attention
-is the same function: with every position equal, `key position <= query position` lets all patches of a picture
-see each other.
+SigLIP and CLIP, any mix of image sizes. Patches of all images lie in one tensor (P, 3*p*p), as the
+tokens of all samples do in the decoder, and attention is the same function: every patch sees all
+patches of its image.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanoeemllm.attention import Run, composite_attention
+from nanoeemllm.attention import Keys, Span, Visibility, attention, empty_span
 from nanoeemllm.config import VisionConfig
 from nanoeemllm.llama import embedding
 
@@ -21,11 +22,14 @@ class VisionAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, run: Run, nothing: Run) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(composite_attention(q, k[:0], v[:0], k, v, run, nothing, run).flatten(1))
+    def forward(self, x: Tensor, sees: Visibility) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1))
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        heads = attention(q, Keys(k[:0], v[:0], k, v), sees)
+        return self.out_proj(heads.flatten(1))
 
 
 class VisionMLP(nn.Module):
@@ -48,13 +52,13 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x: Tensor, run: Run, nothing: Run) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), run, nothing)
+    def forward(self, x: Tensor, sees: Visibility) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), sees)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class VisionTransformer(nn.Module):
-    """patches (P, 3*p*p), grids [(h, w), ...] -> features (P, width). CLIP's class token is used and dropped."""
+    """patches (P, 3*p*p), grids [(h, w), ...] -> features (P, width), without CLIP's class token."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -76,11 +80,11 @@ class VisionTransformer(nn.Module):
             x = self._with_class_token(x)
             lengths = [n + 1 for n in lengths]
         else:
-            x = x + self.position_embedding(position_index(grids, self.config.grid_size, x.device))
-
-        run, nothing = _runs(lengths, x.device)
+            index = position_index(grids, self.config.grid_size)
+            x = x + self.position_embedding(index.to(x.device))
+        sees = whole_images(lengths, x.device)
         for layer in self.layers:
-            x = layer(x, run, nothing)
+            x = layer(x, sees)
         if self.config.post_layernorm:
             x = self.post_layernorm(x)
         if self.config.architecture == "clip":
@@ -88,30 +92,41 @@ class VisionTransformer(nn.Module):
         return x
 
     def _with_class_token(self, x: Tensor) -> Tensor:
-        """CLIP's pictures all have the full grid, so positions need no index: (P, width) -> (P + pictures, width)."""
+        """CLIP's images all have the full grid, so that positions need no index: (P, width) ->
+        (P + images, width)."""
         x = x.unflatten(0, (-1, self.config.grid_size ** 2))
         token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([token, x], dim=1) + self.position_embedding.weight
         return self.pre_layernorm(x).flatten(0, 1)
 
 
-def position_index(grids: list[tuple[int, int]], side: int, device=None) -> Tensor:
-    """Rows of the side x side position table, (P,): patch y of h takes row floor(side y / h), x likewise (Idefics2).
-
-    A picture of the full size takes every entry once, in order: plain SigLIP is the case h = w = side.
-    """
-    index = []
+def position_index(grids: list[tuple[int, int]], side: int) -> Tensor:
+    """Rows of the side x side position table, (P,): patch y of h takes row floor(side y / h), and x
+    likewise (Idefics2). An image of the full size takes every entry once, in order: plain SigLIP is
+    the case h = w = side."""
+    index = [torch.zeros(0, dtype=torch.long)]
     for h, w in grids:
         row, column = torch.arange(h) * side // h, torch.arange(w) * side // w
         index.append((row[:, None] * side + column).flatten())
-    return torch.cat(index).to(device) if index else torch.zeros(0, dtype=torch.long, device=device)
+    return torch.cat(index)
 
 
-def _runs(lengths: list[int], device) -> tuple[Run, Run]:
-    """One run over all patches, every position 0, and an empty one for the keys of another kind there are none of."""
+def whole_images(lengths: list[int], device) -> Visibility:
+    """Every row of an image sees all rows of its image."""
     length = torch.tensor(lengths, dtype=torch.int32)
-    start = (length.cumsum(0) - length).int()
-    run = Run(start.to(device), length.to(device), torch.zeros(sum(lengths), dtype=torch.int32, device=device),
-              max(lengths, default=0))
-    zero = torch.zeros_like(run.start)
-    return run, Run(zero, zero, zero[:0], 0)
+    sees = torch.repeat_interleave(length, length.long()).to(device)
+    start = (length.cumsum(0) - length).int().to(device)
+    span = Span(start, length.to(device), max(lengths, default=0))
+    return Visibility(span, empty_span(span), span, torch.zeros_like(sees), sees)
+
+
+class Projector(nn.Module):
+    """Image features (P, width) -> visual tokens (P, C): linear, GELU, linear (LLaVA-1.5)."""
+
+    def __init__(self, feature_width: int, hidden_size: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(feature_width, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(features)))
