@@ -1,6 +1,5 @@
 """From logits to text: choosing tokens, and batched decoding with per-sequence stopping."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,17 +11,12 @@ from nanoeemllm.config import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 takes the likeliest one, after the penalty.
-
-    top_k: the k likeliest; top_p: the fewest whose probabilities reach p; min_p: those with at
-    least min_p times the probability of the likeliest. repetition_penalty > 1 lowers tokens that
-    occurred before (Keskar et al. 2019).
-    """
+    """How the next token is chosen. temperature 0 takes the likeliest one, after the penalty."""
     temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_k: int = 0                    # of the k likeliest; 0: of all
+    top_p: float = 1.0                # of the fewest whose probabilities reach p
+    min_p: float = 0.0                # of those with min_p times the likeliest one's probability
+    repetition_penalty: float = 1.0   # > 1 lowers tokens that occurred before (Keskar et al. 2019)
     seed: int | None = None
 
     def __post_init__(self):
@@ -32,10 +26,10 @@ class Sampling:
                 ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
                 ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
                 ("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "from 1e-6 to 1e6"),
-                ("seed", self.seed is None or 0 <= self.seed < 2 ** 63, "0 or more and under 2^63")):
+                ("seed", self.seed is None or 0 <= self.seed < 2 ** 63, "0 or more, under 2^63")):
             if not good:
-                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be "
-                                f"{wanted}")
+                flag, value = name.replace("_", "-"), getattr(self, name)
+                raise UserError(f"{flag} is {value}; it must be {wanted}")
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None,
@@ -46,10 +40,9 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
         logits = torch.where(occurred, torch.where(logits > 0, logits / p, logits * p), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    # the likeliest stands at 0, so that nothing overflows at a low temperature; float64 holds any
+    # in float64, the likeliest at 0: nothing overflows at a low temperature
     logits = logits.double() - logits.double().amax(-1, keepdim=True)
-    probabilities = (logits / sampling.temperature).softmax(-1)
-    ordered, order = probabilities.sort(dim=-1, descending=True)
+    ordered, order = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True)
     stays = ordered >= sampling.min_p * ordered[:, :1]
     stays &= ordered.cumsum(-1) - ordered < sampling.top_p   # what stands before has not reached p
     stays[:, 0] = True
@@ -64,7 +57,7 @@ class StopRule:
     """What ends an answer: one of these tokens, which is not part of it, or a string in its text."""
     ids: frozenset[int] = frozenset()
     strings: tuple[str, ...] = ()
-    tokenizer: object = None                 # a prompt.Tokenizer; strings need it
+    tokenizer: object = None          # strings need it
 
     def __post_init__(self):
         if "" in self.strings:
@@ -74,11 +67,9 @@ class StopRule:
         """Whether the text of the last few ids holds a stop string; a token is at least a byte of
         it. A character is up to four bytes, and from within one the tokens of bytes that follow
         cannot be decoded: four beginnings are tried."""
-        if not self.strings:
-            return False
-        reach = max(len(string.encode()) for string in self.strings) + 4
-        endings = {self.tokenizer.decode(answer[-reach - k:]) for k in range(4)}
-        return any(string in text for string in self.strings for text in endings)
+        reach = max((len(string.encode()) for string in self.strings), default=0) + 4
+        endings = (self.tokenizer.decode(answer[-reach - k:]) for k in range(4 * bool(self.strings)))
+        return any(string in text for text in endings for string in self.strings)
 
 
 @torch.inference_mode()
@@ -96,14 +87,12 @@ def generate_steps(model, prompts: list[list[int]], images: list[list] | None,
         raise UserError(f"max-new-tokens is {max_new_tokens}; it must be 1 or more")
     hidden, cache = model.prefill(prompts, images, max_new_tokens, image_kv)
     try:
-        generator = torch.Generator(hidden.device)
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
-        occurred = None
+        generator, occurred = torch.Generator(hidden.device), None
+        generator.manual_seed(generator.seed() if sampling.seed is None else sampling.seed)
         if sampling.repetition_penalty != 1:
-            occurred = occurred_tokens(prompts, model.config.llama.vocab_size, hidden.device)
+            occurred = hidden.new_zeros(len(prompts), model.config.llama.vocab_size).bool()
+            for row, ids in enumerate(prompts):
+                occurred[row, [i for i in ids if i >= 0]] = True
         running, answers = list(range(len(prompts))), {n: [] for n in range(len(prompts))}
 
         for left in reversed(range(max_new_tokens)):
@@ -128,11 +117,11 @@ def generate_steps(model, prompts: list[list[int]], images: list[list] | None,
             yield [(number, token) for number, token in new if token not in stop.ids]
             if not answers or not left:
                 return
-            gone = len(running) - len(answers)
-            if 2 * gone >= len(running) if cache.static else gone:
+            ended = len(running) - len(answers)
+            if 2 * ended >= len(running) if cache.static else ended:
                 rows = [row for row, number in enumerate(running) if number in answers]
-                stay = torch.tensor(rows, device=ids.device)
-                running, ids, hidden = [running[row] for row in rows], ids[stay], hidden[stay]
+                running, stay = [running[row] for row in rows], torch.tensor(rows, device=ids.device)
+                ids, hidden = ids[stay], hidden[stay]
                 occurred = None if occurred is None else occurred[stay]
                 cache.select(stay)
             if not cache.static:
@@ -142,13 +131,11 @@ def generate_steps(model, prompts: list[list[int]], images: list[list] | None,
 
 
 def copy_to_host(ids: Tensor) -> Callable[[], list[int]]:
-    """Begins to copy; calling the result waits for these ids alone, not for what was launched after
-    them."""
+    """Begins to copy; the result waits for these ids alone, not for what was launched later."""
     if not ids.is_cuda:
         return ids.tolist
-    copy = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+    copy, done = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True), torch.cuda.Event()
     copy.copy_(ids, non_blocking=True)
-    done = torch.cuda.Event()
     done.record()
 
     def wait() -> list[int]:
@@ -167,18 +154,10 @@ def stream_text(tokenizer, ids: Iterable[int], stop_strings: tuple[str, ...] = (
         if found:
             held = held[:min(found)]
             break
-        maybe = 0
-        for string in stop_strings:
-            maybe = max([maybe, *(n for n in range(1, len(string)) if held.endswith(string[:n]))])
-        if len(held) > maybe:
-            yield held[:len(held) - maybe]
-        held = held[len(held) - maybe:]
+        starts = [string[:n] for string in stop_strings for n in range(1, len(string))]
+        known = len(held) - max((len(start) for start in starts if held.endswith(start)), default=0)
+        if known:
+            yield held[:known]
+        held = held[known:]
     if held:
         yield held
-
-
-def occurred_tokens(prompts: list[list[int]], vocab_size: int, device) -> Tensor:
-    occurred = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-    for row, ids in enumerate(prompts):
-        occurred[row, [i for i in ids if i >= 0]] = True
-    return occurred

@@ -40,7 +40,7 @@ class Layout:
     position: Tensor         # (T + V,) int32, text rows first
     sees_visual: Tensor      # (T + V,) int32: the row sees so many of its sample's visual keys
     sees_text: Tensor        # (T + V,) int32: and so many of its text keys
-    images: tuple[PlacedImage, ...]
+    images: list[PlacedImage]
     num_text: int            # T
 
     @property
@@ -70,10 +70,10 @@ class Layout:
 
     @cached_property
     def last_image_queries(self) -> Visibility:
-        """Every text row that has an image before it, and the last such image alone: a query group
-        an image, which sees all of it and no text."""
-        query = span_of([image.after for image in self.images], self.text.start.device)
-        visual = span_of([image.rows for image in self.images], self.text.start.device)
+        """Every text row's view of the last image before it alone: an image is a sample here."""
+        device = self.position.device
+        query = span_of([image.after for image in self.images], device)
+        visual = span_of([image.rows for image in self.images], device)
         sees = torch.zeros_like(self.sees_visual[:self.num_text])
         for image in self.images:
             sees[image.after] = image.rows.stop - image.rows.start
@@ -83,101 +83,58 @@ class Layout:
     def last_images(self) -> Span:
         """The rows of every sample's last image."""
         rows = {image.sample: image.rows for image in self.images}
-        return span_of([rows.get(sample, slice(0, 0)) for sample in range(self.num_samples)],
-                       self.text.start.device)
+        found = [rows.get(sample, slice(0, 0)) for sample in range(self.num_samples)]
+        return span_of(found, self.position.device)
 
     def to(self, device) -> "Layout":
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
+        moved = {name: getattr(self, name).to(device, non_blocking=True)
+                 for name in ("position", "sees_visual", "sees_text")}
+        for name in ("text", "visual"):
+            start, length, max_length = getattr(self, name)
+            moved[name] = Span(start.to(device, non_blocking=True),
+                               length.to(device, non_blocking=True), max_length)
+        return replace(self, **moved)
 
-        text, visual = (Span(move(s.start), move(s.length), s.max_length)
-                        for s in (self.text, self.visual))
-        return Layout(text, visual, move(self.position), move(self.sees_visual),
-                      move(self.sees_text), self.images, self.num_text)
+
+def span_of(rows: list[slice], device) -> Span:
+    bounds = torch.tensor([(r.start, r.stop - r.start) for r in rows], dtype=torch.int32)
+    start, length = bounds.reshape(-1, 2).T.contiguous().to(device)
+    return Span(start, length, max((r.stop - r.start for r in rows), default=0))
 
 
 def build_layout(samples: list[list[int]],
                  grids: list[list[tuple[int, int]]]) -> tuple[Tensor, Layout]:
     """ids of every sample, and the patch grids of its images in order -> text ids (T,) int64 and
     the Layout. Raises UserError if a sample has more or fewer IMAGE_TOKENs than images."""
-    parts, images = [], []
-    text_end = visual_end = 0
+    images, text_rows, visual_rows = [], [], []
+    texts, visuals = [slice(0, 0)], [slice(0, 0)]            # the rows of every sample
     for number, (sample, sizes) in enumerate(zip(samples, grids)):
         ids = np.asarray(sample, dtype=np.int64)
         is_image = ids == IMAGE_TOKEN
         if is_image.sum() != len(sizes):
             raise UserError(f"sample {number}: {is_image.sum()} <image> in the text but "
                             f"{len(sizes)} picture(s) given")
-        parts.append(place_sample(ids, is_image, np.array([h * w for h, w in sizes], np.int64)))
-        images += place_images(number, is_image, sizes, text_end, visual_end)
-        text_end, visual_end = text_end + len(parts[-1].ids), visual_end + len(parts[-1].offset)
+        length = np.ones(len(ids), np.int64)                 # of each entry, in merged positions
+        length[is_image] = [h * w for h, w in sizes]
+        start = length.cumsum() - length
+        text_before = (~is_image).cumsum() - ~is_image
+        visual_before = start - text_before
+        text_rows.append(np.stack([ids, start, visual_before, text_before + 1])[:, ~is_image])
+        # an image's row i: a column of the image's own, and i of it
+        first = np.stack([start, visual_before + 1, text_before])[:, is_image]
+        count = np.arange(length[is_image].sum()) - np.repeat(visual_before[is_image], length[is_image])
+        visual_rows.append(np.repeat(first, length[is_image], axis=1) + [[1], [1], [0]] * count)
 
-    def join(*names: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for name in names for part in parts])
-
-    def as_int32(x) -> Tensor:
-        return torch.from_numpy(np.asarray(x).astype(np.int32))
-
-    spans = []
-    for lengths in ([len(part.ids) for part in parts], [len(part.offset) for part in parts]):
-        lengths = np.array(lengths)
-        starts = lengths.cumsum() - lengths
-        spans.append(Span(as_int32(starts), as_int32(lengths), int(lengths.max())))
-    layout = Layout(*spans, as_int32(join("text_position", "visual_position")),
-                    as_int32(join("text_sees_visual", "visual_sees_visual")),
-                    as_int32(join("text_sees_text", "visual_sees_text")), tuple(images), text_end)
-    return torch.from_numpy(join("ids")), layout
-
-
-class PlacedSample(NamedTuple):
-    """One sample's rows: T of text, V visual."""
-    ids: np.ndarray                  # (T,) without images
-    text_position: np.ndarray        # (T,)
-    text_sees_visual: np.ndarray
-    text_sees_text: np.ndarray
-    offset: np.ndarray               # (V,) 0, 1, ... within each image
-    visual_position: np.ndarray      # (V,)
-    visual_sees_visual: np.ndarray
-    visual_sees_text: np.ndarray
-
-
-def place_sample(ids: np.ndarray, is_image: np.ndarray, sizes: np.ndarray) -> PlacedSample:
-    """sizes: visual tokens of each image."""
-    length = np.ones(len(ids), np.int64)          # of each entry of ids, in merged positions
-    length[is_image] = sizes
-    start = length.cumsum() - length
-    text_before = (~is_image).cumsum() - ~is_image
-    visual_before = start - text_before
-    offset = np.arange(sizes.sum()) - np.repeat(visual_before[is_image], sizes)
-    return PlacedSample(
-        ids[~is_image], start[~is_image], visual_before[~is_image], text_before[~is_image] + 1,
-        offset, np.repeat(start[is_image], sizes) + offset,
-        np.repeat(visual_before[is_image], sizes) + offset + 1,
-        np.repeat(text_before[is_image], sizes))
-
-
-def place_images(sample: int, is_image: np.ndarray, grids: list[tuple[int, int]], text_row: int,
-                 visual_row: int) -> list[PlacedImage]:
-    """The images of one sample whose first text and visual rows are given."""
-    text_before = ((~is_image).cumsum() - ~is_image)[is_image].tolist()
-    num_text = int((~is_image).sum())
-    images = []
-    for grid, before, until in zip(grids, text_before, [*text_before[1:], num_text]):
-        rows = slice(visual_row, visual_row + grid[0] * grid[1])
-        images.append(PlacedImage(rows, grid, sample, slice(text_row, text_row + before),
-                                  slice(text_row + before, text_row + until)))
-        visual_row = rows.stop
-    return images
-
-
-def span_of(rows: list[slice], device) -> Span:
-    bounds = torch.tensor([(r.start, r.stop - r.start) for r in rows], dtype=torch.int32)
-    start, length = bounds.reshape(-1, 2).to(device).T.contiguous()
-    return Span(start, length, max((r.stop - r.start for r in rows), default=0))
-
-
-def move_images(layout: Layout, visual: Span, starts: list[int]) -> Layout:
-    """The layout whose visual rows lie elsewhere: image i's from row starts[i] on."""
-    moved = [image._replace(rows=slice(start, start + image.rows.stop - image.rows.start))
-             for image, start in zip(layout.images, starts)]
-    return replace(layout, visual=visual, images=tuple(moved))
+        texts.append(slice(texts[-1].stop, texts[-1].stop + text_rows[-1].shape[1]))
+        visuals.append(slice(visuals[-1].stop, visuals[-1].stop + len(count)))
+        places = [*(texts[-1].start + text_before[is_image]).tolist(), texts[-1].stop]
+        row = visuals[-1].start
+        for grid, place, until in zip(sizes, places, places[1:]):
+            rows = slice(row, row := row + grid[0] * grid[1])
+            images.append(PlacedImage(rows, grid, number, slice(texts[-1].start, place),
+                                      slice(place, until)))
+    text = np.concatenate(text_rows, axis=1)
+    merged = np.concatenate([text[1:], *visual_rows], axis=1).astype(np.int32)
+    layout = Layout(span_of(texts[1:], "cpu"), span_of(visuals[1:], "cpu"),
+                    *(torch.from_numpy(row.copy()) for row in merged), images, text.shape[1])
+    return torch.from_numpy(text[0].copy()), layout

@@ -16,7 +16,6 @@ from nanoeemllm.cache import ImageKV, KVCache, encode_images, gather_images
 from nanoeemllm.config import IMAGE_TOKEN, ModelConfig, UserError
 from nanoeemllm.decoder import Decoder
 from nanoeemllm.generate import Sampling, StopRule, generate_steps
-from nanoeemllm.image import open_image, prepare_image
 from nanoeemllm.layout import Layout, build_layout
 from nanoeemllm.prompt import Tokenizer, encode_text
 from nanoeemllm.vision import Projector, VisionTransformer
@@ -133,7 +132,7 @@ class EEMLLM(nn.Module):
 
         images: PIL images, paths or open files, one an IMAGE_TOKEN; or what encode_images made of
         them, as image_kv. A string as ids is encoded."""
-        hidden, _, _ = self._run([ids], [images], [image_kv] if image_kv else None)
+        hidden, _, _ = self._run([ids], [images], [image_kv or []])
         return self.decoder.logits(hidden)
 
     @torch.inference_mode()
@@ -144,38 +143,43 @@ class EEMLLM(nn.Module):
         visual = self.visual_tokens(patches.to(self.device), grids[0])
         return encode_images(self.decoder, visual, grids[0])
 
-    def generate(self, ids: list[int] | str, images: list = (), max_new_tokens: int = 128,
-                 stop_ids: set[int] | None = None, stop_strings: tuple[str, ...] = (),
-                 image_kv: list[ImageKV] | None = None, **sampling) -> Iterator[int]:
-        """Yields new ids as they are made, up to a stop id (by default the tokenizer's), the token
-        that completes a stop string, or max_new_tokens. generate.stream_text makes text of them.
-
-        ids, images, image_kv: as in logits. sampling: fields of generate.Sampling.
-        """
-        image_kv = None if image_kv is None else [image_kv]
-        for step in generate_steps(self, [ids], [images], image_kv, max_new_tokens,
-                                   Sampling(**sampling), self._stop_rule(stop_ids, stop_strings)):
+    def generate(self, ids: list[int] | str, images: list = (), *args, image_kv=None,
+                 **options) -> Iterator[int]:
+        """Yields new ids as they are made; generate.stream_text makes text of them. ids, images and
+        image_kv as in logits, options as in generate_batch."""
+        for step in self._steps([ids], [images], *args, image_kv=[image_kv or []], **options):
             for _, token in step:
                 yield token
 
-    def generate_batch(self, prompts: list, images: list[list] | None = None,
-                       max_new_tokens: int = 128, stop_ids: set[int] | None = None,
-                       stop_strings: tuple[str, ...] = (),
-                       image_kv: list[list[ImageKV]] | None = None, **sampling) -> list[list[int]]:
-        """All prompts at once, unequal lengths and images: the same answers as one by one, if none
-        is drawn. Prompts with the same image_kv at the same positions share one copy of it."""
+    def generate_batch(self, prompts: list, images: list[list] | None = None, *args,
+                       **options) -> list[list[int]]:
+        """All prompts at once, of unequal lengths and images: the same answers as one by one, if
+        none is drawn. Prompts with the same image_kv at the same positions share one copy of it.
+
+        options: max_new_tokens (128), stop_ids (the tokenizer's), stop_strings, image_kv and the
+        fields of generate.Sampling. A stop id is not part of the answer, the token that completes a
+        stop string is."""
         answers = [[] for _ in prompts]
-        for step in generate_steps(self, prompts, images, image_kv, max_new_tokens,
-                                   Sampling(**sampling), self._stop_rule(stop_ids, stop_strings)):
+        for step in self._steps(prompts, images, *args, **options):
             for number, token in step:
                 answers[number].append(token)
         return answers
 
+    def _steps(self, prompts: list, images: list[list] | None, max_new_tokens: int = 128,
+               stop_ids: set[int] | None = None, stop_strings: tuple[str, ...] = (),
+               image_kv: list[list[ImageKV]] | None = None, **sampling):
+        if stop_ids is None:
+            known = self.tokenizer is not None
+            stop_ids = self.tokenizer.stop_ids(self.config.chat_template) if known else ()
+        stop = StopRule(frozenset(stop_ids), tuple(stop_strings), self.tokenizer)
+        prompts = [self._ids(ids) for ids in prompts]
+        return generate_steps(self, prompts, images, image_kv, max_new_tokens, Sampling(**sampling),
+                              stop)
+
     @torch.inference_mode()
-    def prefill(self, prompts: list, images: list[list] | None, max_new_tokens: int,
+    def prefill(self, prompts: list[list[int]], images: list[list] | None, max_new_tokens: int,
                 image_kv: list[list[ImageKV]] | None = None) -> tuple[Tensor, KVCache]:
         """The hidden row of each prompt's last token (B, C), and the cache to decode from."""
-        prompts = [self._ids(ids) for ids in prompts]
         for number, ids in enumerate(prompts):
             if not ids or ids[-1] == IMAGE_TOKEN:
                 what = "ends in <image>" if ids else "is empty"
@@ -188,20 +192,19 @@ class EEMLLM(nn.Module):
              max_new_tokens: int = 0) -> tuple[Tensor, Layout, KVCache | None]:
         """A pass over the prompts: hidden rows (T, C), their layout, and a cache if there are to be
         new tokens."""
-        prompts = [self._ids(ids) for ids in prompts]
+        patches, grids = self._patches(images or [[] for _ in prompts])
         use_kv = image_kv is not None and any(image_kv)
         if use_kv:
             grids = [[image.grid for image in group] for group in image_kv]
-        else:
-            patches, grids = self._patches(images or [[] for _ in prompts])
-        ids, layout = build_layout(prompts, grids)
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.config.llama.vocab_size:
+        ids, layout = build_layout([self._ids(ids) for ids in prompts], grids)
+        llama, longest = self.config.llama, int(layout.position.max()) + 1 if len(ids) else 0
+        if len(ids) and not 0 <= ids.min() <= ids.max() < llama.vocab_size:
             raise UserError(f"token {ids.max()} is beyond the model's vocabulary of "
-                            f"{self.config.llama.vocab_size}: its tokenizer has more words than its "
-                            "weights")
-        if max_new_tokens:
-            self._check_context(layout, max_new_tokens)
-
+                            f"{llama.vocab_size}: its tokenizer has more words than its weights")
+        if max_new_tokens and longest + max_new_tokens > llama.max_position_embeddings:
+            raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
+                            f"the model's context of {llama.max_position_embeddings}: shorten the "
+                            "prompt or ask for fewer")
         visual = kv = None
         if use_kv:
             kv = gather_images(self.decoder, image_kv, layout)
@@ -210,8 +213,7 @@ class EEMLLM(nn.Module):
             visual = self.visual_tokens(patches.to(self.device), layout.grids)
             layout = layout.to(self.device)
         cache = self._cache_for(layout, max_new_tokens) if max_new_tokens else None
-        hidden = self.decoder(ids.to(self.device), visual, layout, cache, kv)
-        return hidden, layout, cache
+        return self.decoder(ids.to(self.device), visual, layout, cache, kv), layout, cache
 
     def _ids(self, ids: list[int] | str) -> list[int]:
         if isinstance(ids, str):
@@ -222,21 +224,16 @@ class EEMLLM(nn.Module):
 
     def _patches(self, images: list[list]) -> tuple[Tensor, list[list[tuple[int, int]]]]:
         """Of all images (P, 3*p*p), on the CPU, and every sample's grids."""
-        if self.config.vision is None and any(images):
-            raise UserError("this model has no image encoder: it reads text alone")
+        from nanoeemllm.data.images import open_image, prepare_image
         if any(not isinstance(group, (list, tuple)) for group in images):
             raise UserError("images must be a list: PIL images, paths or open files")
+        if self.config.vision is None and any(images):
+            raise UserError("this model has no image encoder: it reads text alone")
         prepared = [[prepare_image(open_image(image), self.config.vision) for image in group]
                     for group in images]
         patches = [patches for group in prepared for patches, _ in group]
         grids = [[grid for _, grid in group] for group in prepared]
         return torch.cat(patches) if patches else torch.zeros(0), grids
-
-    def _check_context(self, layout: Layout, max_new_tokens: int):
-        longest, limit = int(layout.position.max()) + 1, self.config.llama.max_position_embeddings
-        if longest + max_new_tokens > limit:
-            raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
-                            f"the model's context of {limit}: shorten the prompt or ask for fewer")
 
     def _cache_for(self, layout: Layout, max_new_tokens: int) -> KVCache:
         """The cache of an earlier answer where it fits: with it come its CUDA graphs."""
@@ -247,10 +244,3 @@ class EEMLLM(nn.Module):
         del cache                       # its memory goes before the new one's is asked for
         return KVCache(self.config.llama, layout, max_new_tokens, self.dtype,
                        static=self.device.type == "cuda")
-
-    def _stop_rule(self, ids: set[int] | None, strings: tuple[str, ...]) -> StopRule:
-        if ids is None:
-            ids = ()
-            if self.tokenizer is not None:
-                ids = self.tokenizer.stop_ids(self.config.chat_template)
-        return StopRule(frozenset(ids), tuple(strings), self.tokenizer)

@@ -7,10 +7,7 @@ import nanoeemllm.attention as attention
 from layouts import random_layout, seeded
 from nanoeemllm.attention import Keys, Span, Visibility, attention_reference
 
-WAYS = {"dispatch": attention.attention_sdpa,
-        "rectangle": lambda q, keys, sees, scale: attention._in_one_rectangle(
-            q, keys, sees.rectangle, scale),
-        "blocks": lambda q, keys, sees, scale: attention._in_blocks(q, keys, sees.blocks, scale)}
+WAYS = {"sdpa": attention.attention_sdpa, "reference": attention_reference}
 
 
 def inputs(seed, H=4, G=2, D=8):
@@ -21,13 +18,13 @@ def inputs(seed, H=4, G=2, D=8):
     return tensors, layout
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("block", [3, 256])
 @pytest.mark.parametrize("visual", [False, True])
 @pytest.mark.parametrize("seed", range(25))
-def test_equals_the_rule(seed, visual, way, monkeypatch):
+def test_equals_the_rule(seed, visual, block, monkeypatch):
     """Output and all gradients; visual: the visual rows are the queries (`llava`). Blocks small,
     and few queries fewer, in turns, so that every way is taken."""
-    monkeypatch.setattr(attention, "_BLOCK", 4)
+    monkeypatch.setattr(attention, "_BLOCK", block)
     monkeypatch.setattr(attention, "_FEW", (2, 16)[seed % 2])
     tensors, layout = inputs(seed)
     sees = layout.text_queries
@@ -36,8 +33,8 @@ def test_equals_the_rule(seed, visual, way, monkeypatch):
         tensors[0] = seeded(layout.num_visual, 4, 8, seed=seed).requires_grad_()
     weight = seeded(*tensors[0].shape, seed=seed + 100)
     results = []
-    for function in (WAYS[way], attention_reference):
-        out = function(tensors[0], Keys(*tensors[1:]), sees, None)
+    for function in (attention.attention_sdpa, attention_reference):
+        out = function(tensors[0], Keys(*tensors[1:]), sees)
         grads = torch.autograd.grad((out * weight).sum(), tensors, allow_unused=True) \
             if out.requires_grad else [None] * 5
         results.append([out, *grads])
@@ -61,13 +58,12 @@ def span(start, length):
     return Span(ints(*start), ints(*length), max(length))
 
 
-@pytest.mark.parametrize("way", [*WAYS, "reference"])
+@pytest.mark.parametrize("way", WAYS)
 def test_rows_that_see_nothing_are_zero_and_rows_in_no_span_too(way):
-    function = WAYS.get(way, attention_reference)
     q, k = seeded(5, 2, 4).requires_grad_(), seeded(3, 2, 4, seed=1).requires_grad_()
     sees = Visibility(span((0, 3), (3, 1)), span((0, 3), (3, 0)), span((0, 0), (0, 0)),
                       ints(0, 1, 2, 0, 3), ints(0, 0, 0, 0, 0))       # row 4 is in no span
-    out = function(q, Keys(k, k, k[:0], k[:0]), sees, None)
+    out = WAYS[way](q, Keys(k, k, k[:0], k[:0]), sees)
     assert out[[0, 3, 4]].eq(0).all() and out[[1, 2]].ne(0).all()
     torch.testing.assert_close(out[1], k[0])                          # sees one key alone
     for grad in torch.autograd.grad(out.square().sum(), [q, k]):
@@ -79,6 +75,16 @@ def test_rubbish_in_a_cache_beyond_its_length_does_not_matter(way):
     q, k = seeded(2, 2, 4), seeded(12, 2, 4, seed=1)
     sees = Visibility(span((0, 1), (1, 1)), span((0, 0), (0, 0)), span((0, 6), (2, 4)),
                       ints(0, 0), ints(2, 4))
-    clean = WAYS[way](q, Keys(k[:0], k[:0], k, k), sees, None)
+    clean = WAYS[way](q, Keys(k[:0], k[:0], k, k), sees)
     k[[2, 3, 4, 5, 10, 11]] = float("nan")
-    assert torch.equal(clean, WAYS[way](q, Keys(k[:0], k[:0], k, k), sees, None))
+    assert torch.equal(clean, WAYS[way](q, Keys(k[:0], k[:0], k, k), sees))
+
+
+def test_like_images_of_an_encoder_are_one_block_and_others_are_not():
+    from nanoeemllm.vision import whole_images
+    assert [b.count for b in whole_images([4, 4, 4, 6, 6, 2], "cpu").blocks] == [3, 2, 1]
+    q, k = seeded(26, 2, 4), seeded(26, 2, 4, seed=1)
+    sees = whole_images([4, 4, 4, 6, 6, 2], "cpu")
+    keys = Keys(k[:0], k[:0], k, k)
+    torch.testing.assert_close(attention.attention_sdpa(q, keys, sees),
+                               attention_reference(q, keys, sees))

@@ -98,5 +98,5 @@ def layer_numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-from nanoeemllm.paths import (eemllm, eemllm_f, flamingo, llava, naavit, saisa,  # noqa: E402,F401
-                              yopo)
+# isort: off - the order is the table's
+from nanoeemllm.paths import llava, eemllm, eemllm_f, naavit, saisa, yopo, flamingo  # noqa

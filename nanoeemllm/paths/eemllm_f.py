@@ -13,7 +13,7 @@ from nanoeemllm.paths import layer_numbers, register
 @dataclass(frozen=True)
 class EEMLLMF(VisualPath):
     name = "eemllm-f"
-    composite_layers: tuple[int, ...] = size((), most=1000, parse=layer_numbers, metavar="LAYERS",
+    composite_layers: tuple[int, ...] = size((), least=0, most=1000, parse=layer_numbers, metavar="LAYERS",
                                              help="as in eemllm: 16-31 or 0,2,5-7")
 
     def check(self, llama: LlamaConfig):

@@ -150,7 +150,7 @@ class YOPO(VisualPath):
                                          help="no visual keys from this layer on (half)")
     prune_heads: int | None = size(None, least=0, metavar="N",
                                    help="heads pruned in each layer but the first two (0)")
-    kept_heads: tuple[tuple[int, ...], ...] = size(())   # per layer, as calibrated; () is the first
+    kept_heads: tuple[tuple[int, ...], ...] = size((), least=0)   # per layer, as calibrated; () is the first
 
     def check(self, llama: LlamaConfig):
         L, H = llama.num_hidden_layers, llama.num_attention_heads
