@@ -64,10 +64,8 @@ class Visibility:
         return make_blocks(self)
 
     @cached_property
-    def first_queries(self):                   # of kernels/, for its backward pass
-        from nanoeemllm.kernels import first_queries
-        return (first_queries(self.query, self.visual, self.sees_visual),
-                first_queries(self.query, self.text, self.sees_text))
+    def first_queries(self) -> dict:           # of kernels/, for its backward pass
+        return {}
 
 
 def empty_span(like: Span) -> Span:
@@ -88,10 +86,17 @@ def compute(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
     """`attention` by the implementation for q's device."""
     if q.device.type not in ("cuda", "meta"):
         return attention_sdpa(q, keys, sees)
-    from nanoeemllm.kernels import composite_attention
-    first = sees.first_queries if q.is_cuda and torch.is_grad_enabled() else None
-    return composite_attention(q, *keys, sees.query, sees.visual, sees.text, sees.sees_visual,
-                               sees.sees_text, first)
+    from nanoeemllm import kernels
+    first = None
+    if torch.is_grad_enabled():                # once a batch, not once a layer
+        rows = len(keys.k_visual), len(keys.k_text)
+        if rows not in sees.first_queries:
+            sees.first_queries[rows] = (
+                kernels.first_queries(sees.query, sees.visual, sees.sees_visual, rows[0]),
+                kernels.first_queries(sees.query, sees.text, sees.sees_text, rows[1]))
+        first = sees.first_queries[rows]
+    return kernels.composite_attention(q, *keys, sees.query, sees.visual, sees.text,
+                                       sees.sees_visual, sees.sees_text, first)
 
 
 _instead: list[Callable] = []

@@ -111,8 +111,9 @@ def position_index(grids: list[tuple[int, int]], side: int) -> Tensor:
     return torch.cat(index)
 
 
-def whole_images(lengths: list[int], device) -> Visibility:
+def whole_images(lengths: list[int], device: torch.device) -> Visibility:
     """Every row of an image sees all rows of its image."""
+    device = "cpu" if device.type == "meta" else device      # where the pairs can be counted
     length = torch.tensor(lengths, dtype=torch.int32)
     sees = torch.repeat_interleave(length, length.long()).to(device)
     start = (length.cumsum(0) - length).int().to(device)

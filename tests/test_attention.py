@@ -82,9 +82,9 @@ def test_rubbish_in_a_cache_beyond_its_length_does_not_matter(way):
 
 def test_like_images_of_an_encoder_are_one_block_and_others_are_not():
     from nanoeemllm.vision import whole_images
-    assert [b.count for b in whole_images([4, 4, 4, 6, 6, 2], "cpu").blocks] == [3, 2, 1]
+    assert [b.count for b in whole_images([4, 4, 4, 6, 6, 2], torch.device("cpu")).blocks] == [3, 2, 1]
     q, k = seeded(26, 2, 4), seeded(26, 2, 4, seed=1)
-    sees = whole_images([4, 4, 4, 6, 6, 2], "cpu")
+    sees = whole_images([4, 4, 4, 6, 6, 2], torch.device("cpu"))
     keys = Keys(k[:0], k[:0], k, k)
     torch.testing.assert_close(attention.attention_sdpa(q, keys, sees),
                                attention_reference(q, keys, sees))
