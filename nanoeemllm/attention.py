@@ -1,8 +1,8 @@
 """The one rule of the model: a query sees a key of its own sample iff key position <= its own.
 
 Positions never fall within a kind of token, so what a query sees is a prefix of its sample's visual
-keys and a prefix of its text keys: two numbers a query row. A sample of two text tokens, an image
-of three, two text tokens, an image of two, and one more text token:
+keys and a prefix of its text keys: two numbers a query row. Two text tokens, an image of three, two
+text tokens, an image of two, and one more text token:
 
     position     0  1  2  3  4  5  6  7  8  9     sees_visual   sees_text
                  t  t  v  v  v  t  t  v  v  t
@@ -64,7 +64,7 @@ class Visibility:
         return make_blocks(self)
 
     @cached_property
-    def first_queries(self) -> dict:           # of kernels/, for its backward pass
+    def first_queries(self) -> dict:           # of kernels/, likewise, by the numbers of key rows
         return {}
 
 
@@ -87,16 +87,14 @@ def compute(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
     if q.device.type not in ("cuda", "meta"):
         return attention_sdpa(q, keys, sees)
     from nanoeemllm import kernels
-    first = None
-    if torch.is_grad_enabled():                # once a batch, not once a layer
-        rows = len(keys.k_visual), len(keys.k_text)
-        if rows not in sees.first_queries:
-            sees.first_queries[rows] = (
-                kernels.first_queries(sees.query, sees.visual, sees.sees_visual, rows[0]),
-                kernels.first_queries(sees.query, sees.text, sees.sees_text, rows[1]))
-        first = sees.first_queries[rows]
-    return kernels.composite_attention(q, *keys, sees.query, sees.visual, sees.text,
-                                       sees.sees_visual, sees.sees_text, first)
+    rows = (len(keys.k_visual), len(keys.k_text))
+    if torch.is_grad_enabled() and rows not in sees.first_queries:
+        sees.first_queries[rows] = (
+            kernels.first_queries(sees.query, sees.visual, sees.sees_visual, rows[0]),
+            kernels.first_queries(sees.query, sees.text, sees.sees_text, rows[1]))
+    return kernels.composite_attention(
+        q, *keys, sees.query, sees.visual, sees.text, sees.sees_visual, sees.sees_text,
+        sees.first_queries[rows] if torch.is_grad_enabled() else None)
 
 
 _instead: list[Callable] = []

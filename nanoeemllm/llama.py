@@ -17,11 +17,10 @@ from nanoeemllm.config import LlamaConfig
 
 
 def embedding(entries: int, width: int) -> nn.Embedding:
-    """nn.Embedding, but on the meta device, where models begin that are loaded, it draws no
-    weights: that would import torch's compiler, the better part of a second."""
-    if torch.empty(0).is_meta:
-        return nn.Embedding.from_pretrained(torch.empty(entries, width), freeze=False)
-    return nn.Embedding(entries, width)
+    """nn.Embedding, which on the meta device, where models begin that are loaded, draws no weights:
+    that would import torch's compiler, the better part of a second."""
+    weight = torch.empty(entries, width)
+    return nn.Embedding(entries, width, _weight=weight if weight.is_meta else None)
 
 
 class RMSNorm(nn.Module):
@@ -29,27 +28,22 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
-    """Radians a position, (D/2,) float32: theta^(-2i/D), the slow ones stretched as Llama-3 does.
-
-    Llama-3: wavelengths longer than original/low are divided by `factor`, shorter than
-    original/high stay, and in between the two are blended by how many turns fit into the
-    original context.
-    """
-    D = config.head_dim
-    exponent = torch.arange(0, D, 2, dtype=torch.float32, device=device) / D
-    frequencies = 1.0 / config.rope_theta ** exponent
+    """Radians a position, (D/2,) float32: theta^(-2i/D), the slow ones stretched as Llama-3 does:
+    wavelengths longer than original/low are divided by `factor`, shorter than original/high stay,
+    and in between the two are blended by how many rotations fit into the original context."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequencies = 1.0 / config.rope_theta ** (exponent / config.head_dim)
     s = config.rope_scaling
     if s is not None:
-        turns = s.original_max_position_embeddings * frequencies / (2 * math.pi)
-        fast = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        rotations = s.original_max_position_embeddings * frequencies / (2 * math.pi)
+        fast = (rotations - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
         fast = fast.clamp(0, 1)
         frequencies = fast * frequencies + (1 - fast) * frequencies / s.factor
     return frequencies
@@ -57,16 +51,15 @@ def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
 
 def rope_cos_sin(position: Tensor, config: LlamaConfig, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, each (N, 1, D), for positions (N,), in the number type and place of `like`."""
-    angle = position[:, None].float() * rope_frequencies(config, position.device)    # (N, D/2)
+    angle = position[:, None].float() * rope_frequencies(config, position.device)      # (N, D/2)
     angle = torch.cat([angle, angle], dim=-1)[:, None, :]
     return angle.cos().to(like), angle.sin().to(like)
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates the pairs (x_i, x_{i + D/2}) of every head by the row's angles. x (N, heads, D)."""
-    cos, sin = rope
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * rope[0] + torch.cat([-second, first], dim=-1) * rope[1]
 
 
 class SelfAttention(nn.Module):
@@ -74,8 +67,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        C, D = config.hidden_size, config.head_dim
-        H, G = config.num_attention_heads, config.num_key_value_heads
+        C, H, G, D = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+                      config.head_dim)
         self.head_dim, self.group = D, H // G
         self.q_proj = nn.Linear(C, H * D, bias=False)
         self.k_proj = nn.Linear(C, G * D, bias=False)
@@ -83,10 +76,10 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=False)
 
     def queries(self, h: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        return apply_rope(self.q_proj(h).unflatten(-1, (-1, self.head_dim)), rope)       # (N, H, D)
+        return apply_rope(self.q_proj(h).unflatten(-1, (-1, self.head_dim)), rope)     # (N, H, D)
 
     def keys_values(self, h: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        k = apply_rope(self.k_proj(h).unflatten(-1, (-1, self.head_dim)), rope)          # (N, G, D)
+        k = apply_rope(self.k_proj(h).unflatten(-1, (-1, self.head_dim)), rope)        # (N, G, D)
         return k, self.v_proj(h).unflatten(-1, (-1, self.head_dim))
 
 
@@ -95,10 +88,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        C, F_ = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, F_, bias=False)
-        self.up_proj = nn.Linear(C, F_, bias=False)
-        self.down_proj = nn.Linear(F_, C, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,29 +32,9 @@ class Batch:
     keys: list[str]           # which samples these are
 
     def to(self, device) -> "Batch":
-        ids, patches, rows, targets = (x.to(device, non_blocking=True) for x in (
-            self.ids, self.patches, self.target_rows, self.targets))
-        return Batch(ids, self.layout.to(device), patches, rows, targets, self.keys)
-
-
-def collate(samples: list) -> Batch:
-    """data.Samples -> Batch.
-
-    The target of a text row is the token that follows it in the merged sequence. A target token
-    right behind an image would have to be predicted by a visual row, which makes no query, so it is
-    left out. No chat template has such a token.
-    """
-    grids = [[grid for _, grid in sample.images] for sample in samples]
-    ids, layout = build_layout([sample.ids for sample in samples], grids)
-    mask = [flag for sample in samples for flag, i in zip(sample.loss_mask, sample.ids)
-            if i != IMAGE_TOKEN]
-    position = layout.position[:layout.num_text]
-    is_next = torch.tensor(mask)[1:] & (position[1:] == position[:-1] + 1)
-    is_next[layout.text.start[1:].long() - 1] = False                # the next sample's first token
-    rows = is_next.nonzero().squeeze(1)
-    patches = [patches for sample in samples for patches, _ in sample.images]
-    return Batch(ids, layout, torch.cat(patches) if patches else torch.zeros(0, 0), rows,
-                 ids[rows + 1], [sample.key for sample in samples])
+        moved = {name: getattr(self, name).to(device, non_blocking=True)
+                 for name in ("ids", "patches", "target_rows", "targets")}
+        return replace(self, layout=self.layout.to(device), **moved)
 
 
 class EEMLLM(nn.Module):
@@ -81,21 +61,6 @@ class EEMLLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.decoder.norm.weight.dtype
-
-    def initialize(self):
-        """Random weights, for training from nothing: normal with spread 0.02, biases and gates 0,
-        norms 1; the matrices that write into the residual stream are scaled down by the square root
-        of their number (GPT-2)."""
-        for name, p in self.named_parameters():
-            if name.endswith(("bias", "class_embedding", "_gate")):
-                nn.init.zeros_(p)
-            elif p.dim() > 1:
-                part = self.config.vision if name.startswith("vision") else self.config.llama
-                writes = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")
-                scale = (2 * part.num_hidden_layers) ** -0.5 if name.endswith(writes) else 1
-                nn.init.normal_(p, std=0.02 * scale)
-            else:
-                nn.init.ones_(p)
 
     # ---- training ----
 

@@ -5,7 +5,7 @@
 
 SigLIP and CLIP, any mix of image sizes. Patches of all images lie in one tensor (P, 3*p*p), as the
 tokens of all samples do in the decoder, and attention is the same function: every patch sees all
-patches of its image.
+patches of its image. Names of weights are those of the published checkpoints.
 """
 
 import torch
@@ -18,26 +18,23 @@ from nanoeemllm.llama import embedding
 
 
 class VisionAttention(nn.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        width = config.hidden_size
-        self.heads = config.num_attention_heads
+        self.heads = heads
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor, sees: Visibility) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1))
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        heads = attention(q, Keys(k[:0], v[:0], k, v), sees)
-        return self.out_proj(heads.flatten(1))
+        return self.out_proj(attention(q, Keys(k[:0], v[:0], k, v), sees).flatten(1))
 
 
 class VisionMLP(nn.Module):
-    def __init__(self, config: VisionConfig):
+    def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.quick = config.hidden_act == "quick_gelu"
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.quick = activation == "quick_gelu"
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
@@ -47,10 +44,11 @@ class VisionMLP(nn.Module):
 class VisionLayer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = VisionAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = VisionMLP(config)
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1 = nn.LayerNorm(width, eps)
+        self.self_attn = VisionAttention(width, config.num_attention_heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps)
+        self.mlp = VisionMLP(width, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor, sees: Visibility) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x), sees)
@@ -62,42 +60,33 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.config = config
-        clip = config.architecture == "clip"
-        self.patch_embedding = nn.Linear(config.patch_dim, config.hidden_size, bias=not clip)
-        self.position_embedding = embedding(config.grid_size ** 2 + clip, config.hidden_size)
-        if clip:
-            self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
-            self.pre_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.config, self.is_clip = config, config.architecture == "clip"
+        width, eps, entries = config.hidden_size, config.layer_norm_eps, config.grid_size ** 2
+        self.patch_embedding = nn.Linear(config.patch_dim, width, bias=not self.is_clip)
+        self.position_embedding = embedding(entries + self.is_clip, width)
+        if self.is_clip:
+            self.class_embedding = nn.Parameter(torch.zeros(width))
+            self.pre_layernorm = nn.LayerNorm(width, eps)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
         if config.post_layernorm:
-            self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+            self.post_layernorm = nn.LayerNorm(width, eps)
 
     def forward(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:
-        x = self.patch_embedding(patches)
-        lengths = [h * w for h, w in grids]
-        if self.config.architecture == "clip":
-            x = self._with_class_token(x)
-            lengths = [n + 1 for n in lengths]
+        x, entries = self.patch_embedding(patches), self.config.grid_size ** 2
+        if self.is_clip:            # all images have the full grid: positions need no index
+            x = x.unflatten(0, (-1, entries))
+            token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+            x = torch.cat([token, x], dim=1) + self.position_embedding.weight
+            x = self.pre_layernorm(x).flatten(0, 1)
         else:
             index = position_index(grids, self.config.grid_size)
             x = x + self.position_embedding(index.to(x.device))
-        sees = whole_images(lengths, x.device)
+        sees = whole_images([h * w + self.is_clip for h, w in grids], x.device)
         for layer in self.layers:
             x = layer(x, sees)
         if self.config.post_layernorm:
             x = self.post_layernorm(x)
-        if self.config.architecture == "clip":
-            x = x.unflatten(0, (-1, self.config.grid_size ** 2 + 1))[:, 1:].flatten(0, 1)
-        return x
-
-    def _with_class_token(self, x: Tensor) -> Tensor:
-        """CLIP's images all have the full grid, so that positions need no index: (P, width) ->
-        (P + images, width)."""
-        x = x.unflatten(0, (-1, self.config.grid_size ** 2))
-        token = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([token, x], dim=1) + self.position_embedding.weight
-        return self.pre_layernorm(x).flatten(0, 1)
+        return x.unflatten(0, (-1, entries + 1))[:, 1:].flatten(0, 1) if self.is_clip else x
 
 
 def position_index(grids: list[tuple[int, int]], side: int) -> Tensor:
@@ -113,7 +102,7 @@ def position_index(grids: list[tuple[int, int]], side: int) -> Tensor:
 
 def whole_images(lengths: list[int], device: torch.device) -> Visibility:
     """Every row of an image sees all rows of its image."""
-    device = "cpu" if device.type == "meta" else device      # where the pairs can be counted
+    device = "cpu" if device.type == "meta" else device      # where training/cost.py can count pairs
     length = torch.tensor(lengths, dtype=torch.int32)
     sees = torch.repeat_interleave(length, length.long()).to(device)
     start = (length.cumsum(0) - length).int().to(device)
