@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanoeemllm.checkpoint import load
-from nanoeemllm.toy import WorldConfig, draw, make_scene
+from nanoeemllm.toy.world import WorldConfig, draw, make_scene
 
 ROOT = Path(__file__).parents[1]
 
