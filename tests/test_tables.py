@@ -20,9 +20,8 @@ from nanoeemllm.config import UserError
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.toy import WorldConfig, tables
 from nanoeemllm.toy.backbones import tiny_config, tiny_tokenizer
-from nanoeemllm.toy.tables import TABLES, add_result, draw, main, plot, read_results, stretch, time_prefills
+from nanoeemllm.toy.tables import TABLES, add_results, draw, main, plot, read_results, stretch, time_prefills
 
-SETTINGS = {"steps": [1, 1]}
 PACKAGE = Path(nanoeemllm.__file__).parent
 
 
@@ -32,13 +31,13 @@ def results_of(file: Path, table: str, seeds) -> dict:
     for seed in seeds:
         for number, run in enumerate(TABLES[table].values()):
             found[run._replace(seed=seed).name] = {"accuracy": 50 + number + seed}
-    return add_result(file, SETTINGS, "runs", found)
+    return add_results(file, "runs", found)
 
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_is_drawn_from_the_results_alone(tmp_path, table):
     results_of(tmp_path / "r.json", table, range(2))
-    results = read_results(tmp_path / "r.json", SETTINGS)
+    results = read_results(tmp_path / "r.json")
     lines = draw(table, results, seeds=3)                                     # the third seed is not run yet
     assert len({line.count("|") for line in lines}) == 1
     assert len(lines) == 2 + len({row for row, _ in TABLES[table]}) and "50.5 ± 0.5" in lines[2]
@@ -63,21 +62,24 @@ def test_runs_are_told_apart_and_shared_between_tables():
     assert len(names[0]) == 14 + 9 + 2 + 6                              # what several tables ask for is run once
 
 
-def test_results_of_other_settings_are_not_mixed(tmp_path):
+def test_results_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
     results_of(tmp_path / "r.json", "data", [0])
-    with pytest.raises(UserError, match="another --results"):
-        read_results(tmp_path / "r.json", {"steps": [2, 2]})
-    assert json.loads((tmp_path / "r.json").read_text())["settings"] == SETTINGS
+    stored = (tmp_path / "r.json").read_text()
+    monkeypatch.setattr(tables, "SETTINGS", {"steps": [2, 2]})
+    for draw_only in ([], ["--draw"]):
+        with pytest.raises(UserError, match="another --results"):
+            main(["data", "--results", str(tmp_path / "r.json"), *draw_only])
+    assert (tmp_path / "r.json").read_text() == stored
 
 
 @pytest.mark.parametrize("runs, times", [
     ({"a": {"accuracy": float("nan")}}, {}), ({"a": {"accuracy": "9"}}, {}), ({"a": {}}, {}), ({"a": 9}, {}),
     ([], {}), ({}, {"a": True}), ({}, {"a": [1]}), ({}, None), ({"a": {"accuracy": 10 ** 400}}, {})])
 def test_results_are_numbers_or_refused_in_a_line(tmp_path, runs, times):
-    data = {"settings": SETTINGS, "runs": runs, "prefill_ms": times}
+    data = {"settings": tables.SETTINGS, "runs": runs, "prefill_ms": times}
     (tmp_path / "r.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match="r.json") as error:
-        read_results(tmp_path / "r.json", SETTINGS)
+        read_results(tmp_path / "r.json")
     assert "\n" not in str(error.value)
 
 
@@ -117,8 +119,8 @@ def test_every_path_is_timed_at_both_sizes():
 def test_a_new_row_is_timed_without_the_others(tmp_path, monkeypatch):
     file, args = tmp_path / "r.json", ["paths", "--seeds", "1", "--out", str(tmp_path)]
     asked = []
-    monkeypatch.setattr(tables, "train", lambda run, args: tmp_path)
-    monkeypatch.setattr(tables, "score", lambda run, folder, questions: {"accuracy": 50.0})
+    monkeypatch.setattr(tables, "train", lambda run, folder: tmp_path)
+    monkeypatch.setattr(tables, "score", lambda run, folder: 50.0)
     monkeypatch.setattr(tables, "time_prefills", lambda runs: asked.append(list(runs)) or dict.fromkeys(runs, 1.0))
     main([*args, "--results", str(file)])
     data = json.loads(file.read_text())
@@ -134,10 +136,10 @@ def test_a_new_row_is_timed_without_the_others(tmp_path, monkeypatch):
 def test_two_commands_share_one_results_file(tmp_path):
     def add(name: str):
         for number in range(30):
-            add_result(tmp_path / "r.json", SETTINGS, "runs", {f"{name}{number}": {"accuracy": 1}})
+            add_results(tmp_path / "r.json", "runs", {f"{name}{number}": {"accuracy": 1}})
     with ThreadPoolExecutor(2) as both:
         list(both.map(add, "ab"))
-    assert len(read_results(tmp_path / "r.json", SETTINGS)["runs"]) == 60
+    assert len(read_results(tmp_path / "r.json")["runs"]) == 60
 
 
 def test_a_results_file_that_cannot_be_written_is_told_first(tmp_path):
@@ -147,16 +149,17 @@ def test_a_results_file_that_cannot_be_written_is_told_first(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_is_trained_stopped_resumed_and_drawn(tmp_path, capsys):
+def test_a_table_is_trained_stopped_resumed_and_drawn(tmp_path, capsys, monkeypatch):
     """As a user does; Ctrl-C reaches train.py, and the same command goes on from its checkpoint."""
     config = tiny_config(WorldConfig(64))
     model = EEMLLM(config)
     model.initialize()
     save(model.state_dict(), config, tiny_tokenizer(config), tmp_path / "backbone-64")
-    flags = ["composite", "--seeds", "1", "--pretrain-steps", "80", "--finetune-steps", "2", "--questions", "6",
-             "--out", str(tmp_path), "--results", str(tmp_path / "r.json")]
-    command = subprocess.Popen([sys.executable, "-m", "nanoeemllm.toy.tables", *flags], cwd=PACKAGE.parent,
-                               stdout=subprocess.PIPE, text=True, start_new_session=True)
+    flags = ["composite", "--seeds", "1", "--out", str(tmp_path), "--results", str(tmp_path / "r.json")]
+    few = 'tables.STEPS.update(pretrain=30, finetune=2); tables.QUESTIONS = 6'
+    script = f"from nanoeemllm.toy import tables; {few}; tables.main({flags})"
+    command = subprocess.Popen([sys.executable, "-c", script], cwd=PACKAGE.parent, stdout=subprocess.PIPE,
+                               text=True, start_new_session=True)
     run = tmp_path / "llava_64px_seed0"
     metrics = run / "pretrain-run/metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -167,26 +170,23 @@ def test_a_table_is_trained_stopped_resumed_and_drawn(tmp_path, capsys):
     assert "stopped; the same command goes on" in said and said.count("not run") == 4
     assert command.returncode == 0 and not (run / "finetune").exists()
     before = len(metrics.read_text().splitlines())
-    assert before < 80
+    assert before < 30
 
+    monkeypatch.setattr(tables, "STEPS", {"pretrain": 30, "finetune": 2})
+    monkeypatch.setattr(tables, "QUESTIONS", 6)
     main(flags)
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 81))
+    assert steps == list(range(1, 31))
     results = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert len(results) == 4 and "not run" not in capsys.readouterr().out
 
 
 def test_a_training_that_fails_is_told(tmp_path, capfd):
-    (tmp_path / "backbone-64").mkdir()
-    (tmp_path / "backbone-64/config.json").write_text("{}")
-    args = ["data", "--out", str(tmp_path), "--results", str(tmp_path / "r.json")]
-    with pytest.raises(UserError):
-        main(args)
     config = tiny_config(WorldConfig(64))
     model = EEMLLM(config)
     model.initialize()
-    save(model.state_dict(), config, tiny_tokenizer(config), tmp_path / "backbone-64", )
+    save(model.state_dict(), config, tiny_tokenizer(config), tmp_path / "backbone-64")
     (tmp_path / "backbone-64/tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="train.py ended with exit code 2"):
-        main(args)
+        main(["data", "--out", str(tmp_path), "--results", str(tmp_path / "r.json")])
     assert "error:" in capfd.readouterr().err

@@ -76,7 +76,7 @@ class Axis:
         return self.first + (self.scale(value) - low) / (high - low) * (self.last - self.first)
 
     def marks(self) -> list[float]:
-        """Round values: 5 to 10 on an even scale; 1, 2 and 5 times powers of ten on a logarithmic."""
+        """5 to 10 round values; on a logarithmic axis 1, 2 and 5 times powers of ten."""
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)))
             marks = [factor * 10.0 ** power for power in powers for factor in (1, 2, 5, 10)]

@@ -1,14 +1,14 @@
-"""The two trained models that the tiny world starts from, as the paper starts from SigLIP and Vicuna.
+"""The two trained models that the tiny world starts from, as the paper does from SigLIP and Vicuna.
 
     encoder     patches -> features, by SigLIP's sigmoid loss: every patch against every word of the
                 world, is it true of the thing in whose place the patch lies?
     language    the tiny Llama: next-token prediction on the world's text alone
 
-SigLIP compares pooled images with whole texts. Tried here, that left hardly any shape in the patches,
-and comparing phrases with an image's best patch put a thing's shape into one patch and its colour
-into another. Word by word and place by place, every patch of a thing says linearly what it is and
-where. An empty patch says "nothing" and not its place: when it did, the decoder answered "where is
-the cat?" by ruling out the empty places, and hardly ever learned to look for the cat.
+SigLIP compares pooled images with whole texts. Tried here, that left hardly any shape in the
+patches, and comparing phrases with an image's best patch put a thing's shape into one patch and its
+colour into another. Word by word and place by place, every patch of a thing says linearly what it
+is and where. An empty patch says "nothing" and not its place: when it did, the decoder answered
+"where is the cat?" by ruling out the empty places, and hardly ever learned to look for the cat.
 """
 
 import math
@@ -44,7 +44,7 @@ WORDS = (*SHAPES, *COLOURS, *PLACES, "nothing")
 def make_backbones(folder: Path, world: WorldConfig, force: bool = False):
     """Writes a model folder: a trained encoder, a trained language model, a new projector.
 
-    A folder that is there already is kept, unless `force`. Raises UserError if its image size differs.
+    One that is there already is kept, unless `force`. Raises UserError if its image size differs.
     """
     if (folder / "config.json").exists() and not force:
         found = ModelConfig.from_dict(read_json(folder / "config.json"))

@@ -1,6 +1,6 @@
 """The papers' tables on the tiny world: trained, scored, printed as mean and spread over seeds.
 
-    python -m nanoeemllm.toy.tables paths       every visual path: accuracy, operations, prefill time
+    python -m nanoeemllm.toy.tables paths       visual paths: accuracy, operations, prefill time
     python -m nanoeemllm.toy.tables aligner     what the aligner needs, at two sizes of images
     python -m nanoeemllm.toy.tables composite   eemllm-f by its number of composite layers
     python -m nanoeemllm.toy.tables data        accuracy by the number of training pairs
@@ -64,7 +64,9 @@ COMPOSITE = {
     "2 of 3 layers": ("llava", "eemllm-f --composite-layers 1,2"),
     "3 of 3 layers": ("llava", "eemllm-f --composite-layers 0,1,2"),
 }
-BATCH = 16
+STEPS = {"pretrain": 300, "finetune": 800}
+BATCH, QUESTIONS = 16, 700
+SETTINGS = {"steps": [*STEPS.values()], "batch_size": BATCH, "questions": QUESTIONS}
 ASSETS = Path(nanoeemllm.__file__).parent / "assets"
 SCRIPT = ASSETS.parents[1] / "train.py"
 
@@ -114,16 +116,16 @@ TABLES = _tables()
 
 # ---- training and scoring ----
 
-def train(run: Run, args) -> Path:
+def train(run: Run, folder: Path) -> Path:
     """Both stages, by train.py, from backbones of the same image size. Returns the model folder.
 
     Raises KeyboardInterrupt when it was stopped; the next time it goes on from its checkpoint.
     """
-    out, model = args.out / run.folder, args.out / f"backbone-{run.size}"
-    with locked(args.out):
+    out, model = folder / run.folder, folder / f"backbone-{run.size}"
+    with locked(folder):
         make_backbones(model, WorldConfig(run.size))
     with locked(out) as lock:
-        for stage, steps in (("pretrain", args.pretrain_steps), ("finetune", args.finetune_steps)):
+        for stage, steps in STEPS.items():
             command = f"--stage {stage} --resume --device cpu --seed {run.seed}"
             command += f" --picture-size {run.size} --batch-size {BATCH}"
             command += f" --steps {max(1, round(steps * run.share))} --visual-path {run.path}"
@@ -158,13 +160,13 @@ def locked(folder: Path):
         os.close(lock)
 
 
-def score(run: Run, folder: Path, questions: int) -> dict[str, float]:
+def score(run: Run, folder: Path) -> float:
     """Exact match on held-out scenes, in percent."""
     model = load(folder, "cpu", visual_path=visual_path_of(run)).eval()
     if run.scored_size:
         stretch(model, run.scored_size)
-    rows = exam(WorldConfig(run.scored_size or run.size), "held-out", questions)
-    return {"accuracy": evaluate_rows(model, rows)["overall"]["accuracy"]}
+    rows = exam(WorldConfig(run.scored_size or run.size), "held-out", QUESTIONS)
+    return evaluate_rows(model, rows)["overall"]["accuracy"]
 
 
 def visual_path_of(run: Run):
@@ -206,8 +208,8 @@ def operations(run: Run) -> float:
 
 @torch.inference_mode()
 def time_prefills(runs: dict[str, Run], turns: int = 50) -> dict[str, float]:
-    """Milliseconds from an image and a question to the first token's logits, with random weights: the
-    median of `turns`. Runs take turns, so that other work on the machine slows all alike."""
+    """Milliseconds from an image and a question to the first token's logits, with random weights:
+    the median of `turns`. Runs take turns, so that other work on the machine slows all alike."""
     models, times = {}, {place: [] for place in runs}
     for place, run in runs.items():
         config, tokenizer, ids, image = first_question(run)
@@ -224,13 +226,13 @@ def time_prefills(runs: dict[str, Run], turns: int = 50) -> dict[str, float]:
 
 # ---- results ----
 
-def read_results(file: Path, settings: dict) -> dict:
+def read_results(file: Path) -> dict:
     """{"settings", "runs": {name: {"accuracy"}}, "prefill_ms": {"row, column": milliseconds}}"""
     if not file.exists():
-        return {"settings": settings, "runs": {}, "prefill_ms": {}}
+        return {"settings": SETTINGS, "runs": {}, "prefill_ms": {}}
     data = read_json(file)
-    if data.get("settings") != settings:
-        raise UserError(f"{file} holds results of {data.get('settings')}, not {settings}: "
+    if data.get("settings") != SETTINGS:
+        raise UserError(f"{file} holds results of {data.get('settings')}, not {SETTINGS}: "
                         "give another --results")
     try:
         numbers = [run["accuracy"] for run in data["runs"].values()]
@@ -239,15 +241,15 @@ def read_results(file: Path, settings: dict) -> dict:
     except (KeyError, TypeError, AttributeError):
         good = False
     if not good:
-        raise UserError(f"{file}: each of its runs must have an accuracy and each of prefill_ms be a "
+        raise UserError(f"{file}: each of runs must have an accuracy and each of prefill_ms be a "
                         "time, as numbers: mend it, or give another --results")
     return data
 
 
-def add_result(file: Path, settings: dict, part: str, found: dict) -> dict:
+def add_results(file: Path, part: str = "runs", found: dict = {}) -> dict:
     """Adds to what other commands may have added meanwhile; returns all there is."""
     with locked(file.parent):
-        data = read_results(file, settings)
+        data = read_results(file)
         data[part] |= found
         write_aside(file, json.dumps(data, indent=1).encode())
     return data
@@ -297,44 +299,40 @@ def main(argv: list[str] | None = None):
     parser = Parser(__doc__, "python -m nanoeemllm.toy.tables")
     add = parser.add_argument
     add("table", choices=(*TABLES, "all"))
-    add("--out", type=Path, default="out/tables", metavar="DIR", help="of the runs (out/tables)")
+    add("--out", type=Path, default=Path("out/tables"), metavar="DIR", help="(out/tables)")
     add("--results", type=Path, default=ASSETS / "tables.json", metavar="FILE")
     add("--seeds", type=positive(int), default=3, help="(3)")
-    add("--pretrain-steps", type=positive(int), default=300, help="(300)")
-    add("--finetune-steps", type=positive(int), default=800, help="(800)")
-    add("--questions", type=positive(int), default=700, help="(700)")
     add("--draw", action="store_true", help="print what there is, train nothing")
     args = parser.parse_args(argv)
     tables = TABLES if args.table == "all" else (args.table,)
-    settings = {"steps": [args.pretrain_steps, args.finetune_steps], "batch_size": BATCH,
-                "questions": args.questions}
+    results = read_results(args.results)
     if not args.draw:
         try:
-            run_missing(tables, settings, args)
+            run_missing(tables, args)
         except KeyboardInterrupt:
             print("stopped; the same command goes on")
-    results = read_results(args.results, settings)
+        results = read_results(args.results)
     for table in tables:
         print(f"\n{table}\n", *draw(table, results, args.seeds), sep="\n")
     if "paths" in tables:
         plot(results, args.seeds, args.results.with_suffix(".png"))
 
 
-def run_missing(tables, settings: dict, args):
-    def add(part: str, found: dict) -> dict:
-        return add_result(args.results, settings, part, found)
-
-    results = add("runs", {})                   # a file that cannot be written is refused before work
+def run_missing(tables, args):
+    results = add_results(args.results)         # refuses a file that cannot be written before work
     for seed in range(args.seeds):
         for run in [run for table in tables for run in TABLES[table].values()]:
             run = run._replace(seed=seed)
             if run.name not in results["runs"]:
                 print(f"\n{run.name}", flush=True)
-                results = add("runs", {run.name: score(run, train(run, args), args.questions)})
+                found = {run.name: {"accuracy": score(run, train(run, args.out))}}
+                results = add_results(args.results, "runs", found)
     if "paths" in tables:
-        runs = {", ".join(place): run for place, run in TABLES["paths"].items()}
-        missing = {place: run for place, run in runs.items() if place not in results["prefill_ms"]}
-        add("prefill_ms", time_prefills(missing))
+        missing = {}
+        for place, run in TABLES["paths"].items():
+            if ", ".join(place) not in results["prefill_ms"]:
+                missing[", ".join(place)] = run
+        add_results(args.results, "prefill_ms", time_prefills(missing))
 
 
 if __name__ == "__main__":
