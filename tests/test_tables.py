@@ -15,12 +15,13 @@ import pytest
 import torch
 
 import nanoeemllm
-from nanoeemllm.checkpoint import save
 from nanoeemllm.config import UserError
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.toy import WorldConfig, tables
 from nanoeemllm.toy.backbones import tiny_config, tiny_tokenizer
 from nanoeemllm.toy.tables import TABLES, add_results, draw, main, plot, read_results, stretch, time_prefills
+from nanoeemllm.training.initialize import initialize
+from nanoeemllm.weights.folder import save
 
 PACKAGE = Path(nanoeemllm.__file__).parent
 
@@ -153,7 +154,7 @@ def test_a_table_is_trained_stopped_resumed_and_drawn(tmp_path, capsys, monkeypa
     """As a user does; Ctrl-C reaches train.py, and the same command goes on from its checkpoint."""
     config = tiny_config(WorldConfig(64))
     model = EEMLLM(config)
-    model.initialize()
+    initialize(model)
     save(model.state_dict(), config, tiny_tokenizer(config), tmp_path / "backbone-64")
     flags = ["composite", "--seeds", "1", "--out", str(tmp_path), "--results", str(tmp_path / "r.json")]
     few = 'tables.STEPS.update(pretrain=30, finetune=2); tables.QUESTIONS = 6'
@@ -184,7 +185,7 @@ def test_a_table_is_trained_stopped_resumed_and_drawn(tmp_path, capsys, monkeypa
 def test_a_training_that_fails_is_told(tmp_path, capfd):
     config = tiny_config(WorldConfig(64))
     model = EEMLLM(config)
-    model.initialize()
+    initialize(model)
     save(model.state_dict(), config, tiny_tokenizer(config), tmp_path / "backbone-64")
     (tmp_path / "backbone-64/tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="train.py ended with exit code 2"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoeemllm.checkpoint import load
+from nanoeemllm import load
 from nanoeemllm.toy.world import WorldConfig, draw, make_scene
 
 ROOT = Path(__file__).parents[1]

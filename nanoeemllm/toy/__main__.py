@@ -7,7 +7,7 @@
 import dataclasses
 from pathlib import Path
 
-from nanoeemllm.command_line import Parser, positive, run_command
+from nanoeemllm.border.command import Parser, positive, run_command
 from nanoeemllm.config import UserError
 from nanoeemllm.toy.world import SPLITS, WorldConfig, export_llava, export_tsv
 

@@ -24,16 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanoeemllm.checkpoint import read_json, save
+from nanoeemllm.border.files import read_json
+from nanoeemllm.border.typed import read_config
 from nanoeemllm.config import PRESETS, ModelConfig, UserError
 from nanoeemllm.data import Sample
-from nanoeemllm.image import prepare_image
+from nanoeemllm.data.images import prepare_image
 from nanoeemllm.llama import SelfAttention
 from nanoeemllm.model import EEMLLM, collate
 from nanoeemllm.prompt import TEMPLATES, Tokenizer, encode_conversation
 from nanoeemllm.toy.world import (COLOURS, PLACES, SHAPES, Thing, ToyDataset, WorldConfig, caption,
                                   description, draw, make_scene, make_tokenizer)
+from nanoeemllm.training.initialize import initialize
 from nanoeemllm.vision import VisionTransformer
+from nanoeemllm.weights.folder import save
 
 ENCODER_STEPS, LANGUAGE_STEPS = 800, 400
 BATCH = 16
@@ -47,7 +50,7 @@ def make_backbones(folder: Path, world: WorldConfig, force: bool = False):
     One that is there already is kept, unless `force`. Raises UserError if its image size differs.
     """
     if (folder / "config.json").exists() and not force:
-        found = ModelConfig.from_dict(read_json(folder / "config.json"))
+        found = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
         if found.vision is None or found.vision.image_size != world.picture_size:
             raise UserError(f"{folder} was made for pictures of another size than "
                             f"{world.picture_size}: give another --out, or --force")
@@ -60,7 +63,7 @@ def make_backbones(folder: Path, world: WorldConfig, force: bool = False):
         trained = vision.result() | decoder.result()
     torch.manual_seed(world.seed)
     model = EEMLLM(config)
-    model.initialize()
+    initialize(model)
     state = model.state_dict()
     for name, x in trained.items():
         state[name] = torch.from_numpy(x)

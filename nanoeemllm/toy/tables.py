@@ -26,19 +26,19 @@ import torch
 import torch.nn.functional as F
 
 import nanoeemllm
+from nanoeemllm import paths
+from nanoeemllm.border.command import Parser, positive, run_command
+from nanoeemllm.border.files import read_json, write_aside
 from nanoeemllm.border.plot import line_chart
-from nanoeemllm.checkpoint import load, read_json
-from nanoeemllm.command_line import (Parser, add_visual_path_flags, positive, run_command,
-                                     visual_path_from)
-from nanoeemllm.config import UserError
-from nanoeemllm.evaluate import evaluate_rows
-from nanoeemllm.flops import forward_operations
-from nanoeemllm.layout import build_layout
+from nanoeemllm.config import PRESETS, UserError
+from nanoeemllm.evaluation import evaluate_rows
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import encode_prompt
-from nanoeemllm.run import write_aside
 from nanoeemllm.toy.backbones import make_backbones, tiny_config, tiny_tokenizer
 from nanoeemllm.toy.world import WorldConfig, exam
+from nanoeemllm.training import cost
+from nanoeemllm.training.initialize import initialize
+from nanoeemllm.weights.folder import load
 
 # A table's rows -> what follows --visual-path; then, where it is another one, the visual path that
 # reads the trained weights when they are scored.
@@ -96,10 +96,10 @@ class Run(NamedTuple):
 
 def _tables() -> dict[str, dict[tuple[str, str], Run]]:
     """table -> (row, column) -> the run, of seed 0, that gives its accuracy"""
-    paths, aligner, composite, data = {}, {}, {}, {}
+    systems, aligner, composite, data = {}, {}, {}, {}
     for size, column in ((64, "64 visual tokens"), (128, "256 visual tokens")):
         for row, path in PATHS.items():
-            paths[row, column] = Run(*path)._replace(size=size)
+            systems[row, column] = Run(*path)._replace(size=size)
     for row, path in ALIGNERS.items():
         aligner[row, "64 visual tokens, as trained"] = Run(path)
         aligner[row, "256, not trained"] = Run(path, scored_size=128)
@@ -108,7 +108,7 @@ def _tables() -> dict[str, dict[tuple[str, str], Run]]:
     for share in (0.125, 0.25, 0.5, 1.0):
         for column in ("eemllm", "flamingo"):
             data[f"{share:g} of the pairs", column] = Run(*PATHS[column], share=share)
-    return {"paths": paths, "aligner": aligner, "composite": composite, "data": data}
+    return {"paths": systems, "aligner": aligner, "composite": composite, "data": data}
 
 
 TABLES = _tables()
@@ -171,9 +171,10 @@ def score(run: Run, folder: Path) -> float:
 
 def visual_path_of(run: Run):
     parser = Parser("")
-    add_visual_path_flags(parser)
+    paths.add_flags(parser)
     flags = run.scored_path or run.path
-    return visual_path_from(parser.parse_args(["--visual-path", *flags.split()]))
+    args = parser.parse_args(["--visual-path", *flags.split()])
+    return paths.from_args(args, PRESETS["tiny"])
 
 
 def stretch(model: EEMLLM, size: int):
@@ -199,11 +200,10 @@ def first_question(run: Run):
 
 @functools.cache
 def operations(run: Run) -> float:
-    """Of the language model, in a prefill of one question."""
+    """Of the language model, in a prefill of one question; attention's as the papers count it."""
     config, _, ids, _ = first_question(run)
-    side = config.vision.grid_size
-    count = forward_operations(config, build_layout([ids], [[(side, side)]])[1], 1)
-    return count.total() - count["encoder"] - count["projector"]
+    sample = (len(ids) - 1, [config.vision.grid_size ** 2])             # one of the ids is the image
+    return cost.operations(config, [sample], rectangles=True)[0]
 
 
 @torch.inference_mode()
@@ -214,7 +214,7 @@ def time_prefills(runs: dict[str, Run], turns: int = 50) -> dict[str, float]:
     for place, run in runs.items():
         config, tokenizer, ids, image = first_question(run)
         model = EEMLLM(config, tokenizer)
-        model.initialize()
+        initialize(model)
         models[place] = model, ids, image
     for _ in range(turns + 2):
         for place, (model, ids, image) in models.items():

@@ -1,1 +1,0 @@
-from nanoeemllm.border.plot import line_chart  # noqa: F401
