@@ -202,7 +202,7 @@ def first_question(run: Run):
 def operations(run: Run) -> float:
     """Of the language model, in a prefill of one question; attention's as the papers count it."""
     config, _, ids, _ = first_question(run)
-    sample = (len(ids) - 1, [config.vision.grid_size ** 2])             # one of the ids is the image
+    sample = (len(ids) - 1, [config.vision.grid_size ** 2])   # less the image
     return cost.operations(config, [sample], rectangles=True)[0]
 
 
