@@ -1,7 +1,7 @@
-"""The tiny world: images of 1 to 3 coloured things on white, captions, questions with exact answers.
+"""The tiny world: images of 1 to 3 coloured things on white, captions, and questions.
 
-6 shapes x 6 colours x 9 places on a 3 x 3 grid, with a little jitter in place and size. Everything is
-a function of (seed, split, index), drawn on the fly:
+6 shapes x 6 colours x 9 places on a 3 x 3 grid, with a little jitter in place and size. Everything
+is a function of (seed, split, index), drawn on the fly:
 
     train        scenes of trained colours and shapes, without the held-out ones
     held-out     one scene in eight, which no training image and no training text shows
@@ -275,8 +275,8 @@ class ToyDataset:
 def make_tokenizer(extra_words: str = "") -> Tokenizer:
     """Word-level, lower case: the words of the world and `extra_words` (a chat template's).
 
-    "top-left" is one word, so that no place shares words with another. The newline is a word: a text
-    token between an image and its caption has to predict the caption's first word.
+    "top-left" is one word, so that no place shares words with another. The newline is a word: a
+    text token between an image and its caption has to predict the caption's first word.
     """
     scene = list(map(Thing, SHAPES, COLOURS, range(6), range(6)))
     texts = [f"{q.question} {q.answer}" for q in questions(scene, hardness=1)]
