@@ -29,7 +29,7 @@ from nanoeemllm.checkpoint import load, read_json
 from nanoeemllm.command_line import Parser, positive, run_command, visual_path_from
 from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
 from nanoeemllm.distributed import join
-from nanoeemllm.evaluate import evaluate_rows
+from nanoeemllm.evaluation import evaluate_rows
 from nanoeemllm.flops import forward_operations
 from nanoeemllm.layout import build_layout
 from nanoeemllm.model import EEMLLM

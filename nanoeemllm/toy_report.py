@@ -8,8 +8,7 @@
 
 from collections import Counter
 
-from nanoeemllm.evaluate import evaluate_rows, table
-from nanoeemllm.metrics import GROUPS, summarize
+from nanoeemllm.evaluation import GROUPS, evaluate_rows, summarize, table
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import encode_prompt
 from nanoeemllm.toy import WorldConfig, exam

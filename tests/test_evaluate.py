@@ -13,10 +13,11 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from nanoeemllm import evaluate
-from nanoeemllm.benchmark import TSV, as_list, detect, read_answers, write_answers
 from nanoeemllm.config import IMAGE_TOKEN, LlamaConfig, ModelConfig, UserError, VisionConfig
-from nanoeemllm.evaluate import answers, evaluate_rows, prompt_of, table
+from nanoeemllm.evaluation import __main__ as command
+from nanoeemllm.evaluation import evaluate_rows, summarize, table
+from nanoeemllm.evaluation.benchmark import TSV, as_list, detect, read_answers, write_answers
+from nanoeemllm.evaluation.questions import answers, prepare, prompt_of
 from nanoeemllm.prompt import Tokenizer
 from nanoeemllm.toy_report import compare, majority, shuffled
 
@@ -109,7 +110,7 @@ def test_lines_of_many_megabytes_are_never_all_in_memory(tmp_path):
 
 
 def test_a_quote_that_is_never_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanoeemllm.benchmark.MAX_RECORD", 2000)
+    monkeypatch.setattr("nanoeemllm.evaluation.benchmark.MAX_RECORD", 2000)
     path = choices(tmp_path / "t.tsv", 3)
     path.write_text(path.read_text() + '3\t"' + "x\n" * 2000)
     with pytest.raises(UserError, match="is a quote opened there"):
@@ -185,8 +186,8 @@ def test_rows_in_memory():
 def test_batches_are_filled_by_cost():
     model = FakeModel(lambda text, images: "x")
     rows = [{"image": picture(), "question": "q" * (10 * i), "answer": "x"} for i in range(1, 9)]
-    tokens = [evaluate.prepare(model, row | {"index": "0"}, "exact", 5).tokens for row in rows]
-    assert tokens[0] == len(model.tokenizer.decode(evaluate.prepare(model, rows[0], "exact", 5).ids)) + 1 + 4 + 5
+    tokens = [prepare(model, row | {"index": "0"}, "exact", 5).tokens for row in rows]
+    assert tokens[0] == len(model.tokenizer.decode(prepare(model, rows[0], "exact", 5).ids)) + 1 + 4 + 5
     assert len(list(answers(model, rows, "exact", 5, batch_tokens=800))) == 8
     assert [len(ids) for batch in model.batches for ids in batch] == [n - 4 - 5 + 1 for n in tokens]    # in order, all
     sums = [sum(len(ids) + 8 for ids in batch) for batch in model.batches]
@@ -212,7 +213,7 @@ def test_bad_rows_are_named_counted_and_left_out(tmp_path):
     assert [r["row"] for r in records] == list(range(1, 14))
     assert all(reason in r.get("bad", "") for r, reason in zip(records, reasons))
     assert [i for i, r in enumerate(records) if "bad" not in r] == [0, 11, 12] and "bad" in records[2]
-    result = evaluate.summarize("multiple-choice", records)
+    result = summarize("multiple-choice", records)
     assert (result["rows"], result["bad"], result["unread"]) == (3, 10, 1)
     assert result["overall"]["accuracy"] == pytest.approx(100 / 3)
 
@@ -263,12 +264,12 @@ def weights(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG.to_dict()))
     model = FakeModel(lambda text, images: "A")
-    monkeypatch.setattr(evaluate, "open_model", lambda *args: model)
+    monkeypatch.setattr(command, "load_model", lambda *args: model)
     return folder, model
 
 
 def run(weights, tsv, *more):
-    evaluate.main(["--weights", str(weights), "--tsv", str(tsv), "--max-new-tokens", "16", *more])
+    command.main(["--weights", str(weights), "--tsv", str(tsv), "--max-new-tokens", "16", *more])
 
 
 def test_an_interrupted_run_goes_on(tmp_path, weights, monkeypatch, capsys):
@@ -353,9 +354,9 @@ def test_the_whole_command_on_a_real_model_split_over_processes(tmp_path):
     export_tsv(WorldConfig(), tmp_path / "world.tsv", 9)
     flags = ["--weights", str(tmp_path / "model"), "--tsv", str(tmp_path / "world.tsv"), "--max-new-tokens", "4",
              "--batch-tokens", "600", "--device", "cpu", "--out"]
-    evaluate.main([*flags, str(tmp_path / "1")])
+    command.main([*flags, str(tmp_path / "1")])
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-                           "nanoeemllm.evaluate", *flags, str(tmp_path / "2")], capture_output=True, text=True,
+                           "nanoeemllm.evaluation", *flags, str(tmp_path / "2")], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "exact over 9 of 9 rows" in done.stdout

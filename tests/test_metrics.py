@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanoeemllm.metrics import (anls, circular, contains_answer, exact_match, grade, hallusion, levenshtein, mme_totals,
+from nanoeemllm.evaluation.metrics import (anls, circular, contains_answer, exact_match, grade, hallusion, levenshtein, mme_totals,
                                 normalize_vqa, open_answer, pope, read_choice, read_yes_no,
                                 relaxed_accuracy, summarize, vqa_accuracy)
 
