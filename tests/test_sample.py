@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 import sample
-from nanoeemllm import attention_map, bench, bench_systems
+from nanoeemllm import bench, bench_systems
 from nanoeemllm.checkpoint import save
 from nanoeemllm.config import IMAGE_TOKEN as IMAGE
 from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
+from nanoeemllm.evaluation import attention_map
 from nanoeemllm.image import prepare_image
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.plot import line_chart
@@ -200,11 +201,11 @@ def test_attention_is_that_of_the_rule(path):
     model = wide_model(path)
     images, ids = [picture(1), picture(2, 30, 48)], [1, IMAGE, 5, IMAGE, 6]
     answer = list(model.generate(ids, images, max_new_tokens=4))
-    heat = attention_map.attention_to_pictures(model, ids, images, answer)
+    heat = attention_map.attention_to_images(model, ids, images, answer)
     first, second = (len(prepare_image(image, model.config.vision)[0]) for image in images)
     assert heat.shape[1:] == (4, first + second) and (heat >= 0).all() and (heat.sum(-1) < 1 + 1e-5).all()
     assert len(heat) == {"flamingo": 2, "yopo": 3}.get(path, 4)
-    early = attention_map.attention_to_pictures(model, [1, IMAGE, 5, 6], images[:1], answer)
+    early = attention_map.attention_to_images(model, [1, IMAGE, 5, 6], images[:1], answer)
     if path == "flamingo":
         assert (heat[..., :first] == 0).all()                                    # the last picture alone
         torch.testing.assert_close(early.sum(-1), torch.ones(2, 4))           # and nothing but pictures
@@ -223,7 +224,7 @@ def test_pruned_heads_pay_nothing():
         model.decoder.path = path = make_visual_path(config, llama)
         for layer in model.decoder.layers:
             layer.path = path
-        heat[kept] = attention_map.attention_to_pictures(model, ids, images, [9])
+        heat[kept] = attention_map.attention_to_images(model, ids, images, [9])
     torch.testing.assert_close(heat[0, 1], heat[0,] + heat[1,])
 
 
@@ -236,7 +237,7 @@ def test_attention_by_hand():
     kept, taken = {}, {}
     layer.self_attn.q_proj.register_forward_hook(lambda m, a, out: kept.setdefault("q", out))
     layer.self_attn.k_proj.register_forward_hook(lambda m, a, out: taken.setdefault(len(out), out))
-    heat = attention_map.attention_to_pictures(model, ids, [image], [9])
+    heat = attention_map.attention_to_images(model, ids, [image], [9])
     from nanoeemllm.llama import apply_rope, rope_cos_sin
     at = lambda *p: rope_cos_sin(torch.tensor(p), model.config.llama)
     heads, key_heads = model.config.llama.num_attention_heads, model.config.llama.num_key_value_heads
