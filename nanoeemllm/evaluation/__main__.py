@@ -25,7 +25,7 @@ from nanoeemllm.config import UserError
 from nanoeemllm.evaluation.benchmark import TSV, detect, read_answers, write_answers
 from nanoeemllm.evaluation.load import add_model_flags, load_model, read_config
 from nanoeemllm.evaluation.metrics import GROUPS, METRICS, summarize
-from nanoeemllm.evaluation.questions import answers, prepare, table
+from nanoeemllm.evaluation.questions import answers, prepare_all, table
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,29 +58,26 @@ def main(argv: list[str] | None = None):
     metric = args.metric or detect(args.tsv.stem, tsv.columns)
     if args.calibrate:
         return calibrate(args, dataclasses.replace(config, visual_path=path), tsv, metric)
-    file = args.tsv.stat()
-    settings = {
-        "weights": str(args.weights.resolve()),
-        "written": (args.weights / "config.json").stat().st_mtime,
-        "tsv": str(args.tsv.resolve()), "tsv_bytes": file.st_size, "tsv_written": file.st_mtime,
-        "metric": metric, "visual_path": describe(path), "max_new_tokens": args.max_new_tokens,
-        "dtype": args.dtype or "as stored"}
+    file, written = args.tsv.stat(), (args.weights / "config.json").stat().st_mtime
+    settings = {"weights": str(args.weights.resolve()), "written": written,
+                "tsv": str(args.tsv.resolve()), "tsv_bytes": file.st_size,
+                "tsv_written": file.st_mtime, "metric": metric, "visual_path": str(path),
+                "max_new_tokens": args.max_new_tokens, "dtype": args.dtype or "as stored"}
     name = args.tsv.stem + (f"-{args.visual_path}" if args.visual_path else "")
     folder = args.out or args.weights / "eval" / name
 
-    if world > 1:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     done = read_answers(folder, settings)
-    if world > 1:
-        dist.barrier()                                # all have read before one writes
     # what was bad may be mended by now
     todo = [i for i in range(len(tsv)) if "bad" in done.get(i + 1, {"bad": ""})]
     if done and rank == 0:
         print(f"{len(tsv) - len(todo)} of {len(tsv)} rows are answered in {folder} already")
+    if world > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        dist.barrier()                                # all have read before one writes
     todo = todo[rank::world]
     if todo:
         model = load_model(args.weights, args.device, args.dtype, path)
-        records = answers(model, (tsv[i] for i in todo), metric, args.max_new_tokens,
+        records = answers(model, map(tsv.__getitem__, todo), metric, args.max_new_tokens,
                           args.batch_tokens)
         records = write_answers(folder / f"predictions-{rank}.jsonl", settings, records)
         for _ in tqdm(records, f"{args.tsv.stem} ({metric})", len(todo), disable=rank > 0 or None):
@@ -94,31 +91,19 @@ def main(argv: list[str] | None = None):
         report(args.tsv.name, records, settings, folder / "results.json")
 
 
-def describe(path) -> str:
-    """"yopo window=7": the name, and the settings that are not the default."""
-    fields = [f for f in dataclasses.fields(path) if f.name != "name"]
-    changed = [f.name for f in fields if getattr(path, f.name) != f.default]
-    return " ".join([path.name, *(f"{name}={getattr(path, name)}" for name in changed)])
-
-
 def calibrate(args, config, tsv: TSV, metric: str):
     """Has the visual path choose what it prunes on these rows, and writes that to the model."""
     model = load_model(args.weights, args.device, args.dtype, config.visual_path)
-    refused = []
 
     def prompts() -> Iterator[tuple[list[int], list]]:
-        for i in tqdm(range(len(tsv)), "calibration", disable=None):
-            try:
-                question = prepare(model, tsv[i], metric, 0)
-            except UserError as error:
-                refused.append(str(error))
+        rows = tqdm(map(tsv.__getitem__, range(len(tsv))), "calibration", len(tsv), disable=None)
+        for question in prepare_all(model, rows, metric, 0):
+            if isinstance(question, dict):
+                print(f"row {question['row']} is left out: {question['bad']}")
             else:
                 yield question.ids, question.images
 
-    try:
-        path, lines = config.visual_path.calibrate(model, prompts())
-    except UserError as error:
-        raise UserError(f"{error}; the first row: {refused[0]}" if refused else str(error)) from None
+    path, lines = config.visual_path.calibrate(model, prompts())
     data = dataclasses.replace(config, visual_path=path).to_dict()
     write_aside(args.weights / "config.json", json.dumps(data, indent=2).encode())
     print(*lines, f"written to {args.weights / 'config.json'}", sep="\n")
@@ -134,17 +119,16 @@ def report(name: str, records: list[dict], settings: dict, file: Path):
                         f"{bad[0]['bad']}")
     lines = {"overall": result["overall"]}
     for column in GROUPS:
-        groups = result.get(column, {})
-        lines |= {f"{column}: {group}": numbers for group, numbers in groups.items()}
+        for group, numbers in result.get(column, {}).items():
+            lines[f"{column}: {group}"] = numbers
     print(f"\n{name}: {settings['metric']} over {result['rows']} of {len(records)} rows\n")
     print(table(lines))
-    for what, some, key in (("rows could not be asked and are not in the score", bad, "bad"),
-                            ("answers could not be read and score 0", unread, "prediction")):
+    for what, some in (("rows could not be asked and are not in the score", bad),
+                       ("answers could not be read and score 0", unread)):
         if some:
             print(f"\n{len(some)} {what}:")
         for r in some[:10]:
-            text = r[key] if key == "bad" else repr(r[key][:60])
-            print(f"  row {r['row']} (index {r['index']}): {text}")
+            print(f"  row {r['row']} (index {r['index']}):", r.get("bad") or repr(r["prediction"][:60]))
         if len(some) > 10:
             print(f"  ... and {len(some) - 10} more, see the predictions")
     results = result | {"settings": settings, "bad_rows": bad}

@@ -13,51 +13,49 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nanoeemllm.attention import compute, use_attention
+from nanoeemllm.attention import compute, use_attention, visible
 from nanoeemllm.border.files import write_aside
 from nanoeemllm.config import IMAGE_TOKEN, UserError, VisionConfig
 from nanoeemllm.image import prepare_image
 
-SIDE, MARGIN, LABEL = 168, 10, 22       # pixels: an image's longer side, around it, its label
+SIDE, GAP, LABEL = 168, 10, 22          # pixels: an image's longer side, between panels, a label
 COLUMNS, WORDS = 6, 47                  # most panels in a row, most words drawn
 
 
 def attention_to_images(model, ids: list[int], images: list, answer: list[int]) -> Tensor:
     """(layers that see images, answer tokens, V): what each token of the answer paid to each visual
     token."""
-    read = ids + answer[:-1]
+    read, layers = ids + answer[:-1], []
     T = sum(token != IMAGE_TOKEN for token in read)
-    H = model.config.llama.num_attention_heads
-    layers = []
 
     def record(q, keys, sees, scale):
-        # The text rows' calls: of self-attention (row i sees i + 1 text keys), or of cross-attention
-        # (no text keys). Others are the encoder's, or those of visual rows.
+        # A text row i sees i + 1 text keys, or none in cross-attention. Other calls are those of
+        # visual rows, and of the encoder, which has no visual keys.
         count = torch.arange(1, T + 1, device=q.device)
-        of_text = len(q) == T and (not sees.text.max_length or torch.equal(sees.sees_text, count))
-        if of_text and sees.visual.max_length:
-            layers.append(heat_of_rows(q, keys, sees, scale, range(T - len(answer), T)) / H)
+        is_text = len(q) == T and (not sees.text.max_length or torch.equal(sees.sees_text, count))
+        if is_text and sees.visual.max_length:
+            layers.append(heat_of_rows(T - len(answer), q, keys, sees, scale))
         return compute(q, keys, sees, scale)
 
     with use_attention(record):
         model.logits(read, images)
-    return torch.stack(layers)
+    # where a path prunes heads, a call has some of them alone; the others pay nothing
+    return torch.stack(layers) / model.config.llama.num_attention_heads
 
 
-def heat_of_rows(q: Tensor, keys, sees, scale: float | None, rows: range) -> Tensor:
-    """Attention weights of these query rows on all visual keys, summed over the heads of q, which
-    are some of the layer's where a visual path prunes. (rows, V)"""
+def heat_of_rows(first: int, q: Tensor, keys, sees, scale: float | None) -> Tensor:
+    """Attention weights of the query rows from `first` on, on all visual keys, summed over the
+    heads of q (T, heads, D): (T - first, V)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    heat = torch.zeros(len(rows), len(keys.k_visual))
+    heat = torch.zeros(len(q) - first, len(keys.k_visual))
     for q_start, Q, v_start, V, t_start, T in sees.samples:
+        rows = slice(max(first, q_start), max(first, q_start + Q))
         k = torch.cat([keys.k_visual[v_start:v_start + V], keys.k_text[t_start:t_start + T]])
         k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        for number, row in enumerate(rows):
-            if q_start <= row < q_start + Q and sees.sees_visual[row]:
-                scores = torch.einsum("hd,khd->hk", q[row].float(), k) * scale
-                scores[:, sees.sees_visual[row]:V] = -torch.inf
-                scores[:, V + sees.sees_text[row]:] = -torch.inf
-                heat[number, v_start:v_start + V] = scores.softmax(-1).sum(0)[:V].cpu()
+        scores = torch.einsum("qhd,khd->hqk", q[rows].float(), k) * scale
+        scores = scores.masked_fill(~visible(sees, rows, V, T), -torch.inf)
+        weights = scores.softmax(-1).nan_to_num().sum(0)              # NaN: the row sees no key
+        heat[rows.start - first:rows.stop - first, v_start:v_start + V] = weights[:, :V]
     return heat
 
 
@@ -74,7 +72,7 @@ def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:
 
 
 def draw_attention(file: Path, model, ids: list[int], images: list, answer: list[int],
-                   layers: slice = slice(None)):
+                   layers: slice):
     """Writes a PNG: the images as the model sees them, then for each word the same under its heat,
     labelled with the share of its attention that the images got. layers: of those that see images.
     Of a long answer the first words are drawn."""
@@ -84,13 +82,13 @@ def draw_attention(file: Path, model, ids: list[int], images: list, answer: list
                         "from 0; none is among those asked for")
     heat = attention[layers].mean(0)                                            # (tokens, V)
     seen, grids = zip(*(as_seen(image, model.config.vision) for image in images))
-    panels = [("picture" if len(images) == 1 else "pictures", seen)]
+    panels = [("as the model sees it", seen)]
     for word, numbers in words_of(model.tokenizer, answer)[:WORDS]:
         of_word = heat[numbers].mean(0)
         parts = (of_word / of_word.max().clamp(min=1e-9)).split([h * w for h, w in grids])
         panels.append((f"{word}  {of_word.sum():.0%}", list(map(heated, seen, grids, parts))))
     png = io.BytesIO()
-    draw_sheet(panels).save(png, "PNG")
+    draw_panels(panels).save(png, "PNG")
     write_aside(file, png.getvalue())
 
 
@@ -100,7 +98,7 @@ def as_seen(image: Image.Image, vision: VisionConfig) -> tuple[Image.Image, tupl
     p = vision.patch_size
     pixels = patches.view(h, w, 3, p, p).permute(0, 3, 1, 4, 2).reshape(h * p, w * p, 3)
     pixels = pixels * torch.tensor(vision.image_std) + torch.tensor(vision.image_mean)
-    pixels = pixels.mul(255).round().clamp(0, 255).byte().numpy()
+    pixels = (255 * pixels).round().clamp(0, 255).byte().numpy()
     size = round(w * SIDE / max(h, w)), round(h * SIDE / max(h, w))
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), (h, w)
 
@@ -113,19 +111,18 @@ def heated(image: Image.Image, grid: tuple[int, int], heat: Tensor) -> Image.Ima
     return Image.composite(warm, cold, mask.resize(image.size, Image.Resampling.BILINEAR))
 
 
-def draw_sheet(panels: list[tuple[str, list[Image.Image]]]) -> Image.Image:
-    """Panels row by row, each some images side by side over a label."""
-    images = panels[0][1]
-    width = sum(image.width + 4 for image in images) - 4 + MARGIN
-    height = max(image.height for image in images) + LABEL + MARGIN
-    columns = max(1, min(len(panels), COLUMNS * (SIDE + MARGIN) // width))
+def draw_panels(panels: list[tuple[str, list[Image.Image]]]) -> Image.Image:
+    """Row by row; a panel is a label over some images side by side."""
+    width = sum(image.width + GAP for image in panels[0][1])
+    height = max(image.height for image in panels[0][1]) + LABEL + GAP
+    columns = max(1, min(len(panels), COLUMNS * (SIDE + GAP) // width))
     rows = -(-len(panels) // columns)
-    sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
+    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for number, (label, images) in enumerate(panels):
-        x, y = MARGIN + number % columns * width, MARGIN + number // columns * height
-        pen.text((x, y + height - MARGIN - LABEL + 4), label, fill="black", font=font)
+        x, y = GAP + number % columns * width, GAP + number // columns * height
+        pen.text((x, y), label, fill="black", font=font)
         for image in images:
-            sheet.paste(image, (x, y))
-            x += image.width + 4
+            sheet.paste(image, (x, y + LABEL))
+            x += image.width + GAP
     return sheet

@@ -50,9 +50,9 @@ class TSV:
         _, names = next(records, (0, []))
         names = [name.strip() for name in names]
         self.columns = ["" if name in ("row", "bad") else name for name in names]      # our own keys
+        has_image = "image" in names or "image_path" in names
         missing = [name for name in ("index", "question", "answer") if name not in names]
-        if "image" not in names and "image_path" not in names:
-            missing.append("image (or image_path)")
+        missing += [] if has_image else ["image (or image_path)"]
         if missing:
             raise UserError(f"{quoted(path)}: no column {', '.join(missing)}; its first line holds "
                             f"{', '.join(names)[:200] or 'nothing'}")
@@ -92,11 +92,8 @@ class TSV:
         row = {"row": i + 1, **dict(zip(self.columns, cells))}
         if len(cells) != len(self.columns):
             return row | {"bad": f"{len(cells)} cells under {len(self.columns)} columns"}
-        try:
-            "".join(row[name] for name in self.columns if name != "image").encode()
-        except UnicodeEncodeError:                    # surrogates, see _records
-            return row | {"bad": "not UTF-8"}
-        return row
+        text = "".join(row[name] for name in self.columns if name != "image")
+        return row | {"bad": "not UTF-8"} if re.search("[\udc80-\udcff]", text) else row
 
     def _records(self, offset: int) -> Iterator[tuple[int, list[str]]]:
         """(where it begins, cells) of every record from offset on. Quoted cells may hold newlines
@@ -154,10 +151,9 @@ def read_answers(folder: Path, settings: dict) -> dict[int, dict]:
             raise UserError(f"{quoted(path)} is damaged ({error}): remove it, its rows will be "
                             "asked again") from None
         if changed:
-            was = ", ".join(f"{key} {before.get(key)!r}" for key in changed)
-            now = ", ".join(repr(settings[key]) for key in changed)
-            raise UserError(f"{quoted(path)} was made with {was}, not {now}: remove it, or give "
-                            "another folder with --out")
+            what = ", ".join(f"{key} {before.get(key)!r}, not {settings[key]!r}" for key in changed)
+            raise UserError(f"{quoted(path)} was made with {what}: remove it, or give another "
+                            "folder with --out")
         for record in found:
             if "bad" in records.get(record["row"], {"bad": ""}):
                 records[record["row"]] = record

@@ -3,21 +3,8 @@
     grade(metric, prediction, row)   what was read from one answer, and its score in [0, 1]
     summarize(metric, records)       all answers -> a benchmark's numbers, overall and by group
 
-    metric            a row's score                       over the rows                   benchmarks
-    exact             the same words                      accuracy                        tiny world
-    multiple-choice   the right letter                    accuracy             SEEDBench, MMMU, ...
-    circular          the right letter                    right in each order of the options MMBench
-    yes-no            the right word                      accuracy                               any
-    mme               the right word                      accuracy, accuracy+, totals            MME
-    hallusion         the right word                      aAcc, fAcc, qAcc            HallusionBench
-    pope              the right word                      F1, accuracy, precision, recall       POPE
-    vqa               agreement with ten people           accuracy                           TextVQA
-    anls              1 - edit distance, 0 under a half   ANLS                                DocVQA
-    relaxed           within 5% of a number, or equal     accuracy                           ChartQA
-    ocrbench          the answer holds a reference        accuracy, points                  OCRBench
-
 Numbers are percentages, except where a benchmark counts points. An answer that cannot be read
-scores 0 and is counted as unread.
+scores 0 and is counted as unread. README.md says which benchmark is scored by which metric.
 """
 
 import math
@@ -42,10 +29,13 @@ def grade(metric: str, prediction: str, row: dict) -> tuple[str | None, float]:
     if metric in CHOICE and options:
         read = read_choice(prediction, options)
         return read, float(read == references[0].strip())
+    if metric == "vqa":
+        return prediction, vqa_accuracy(prediction, references)
+    score = {"exact": exact_match, "anls": anls, "relaxed": relaxed_match}.get(metric, open_match)
     if metric == "ocrbench":
-        return prediction, contains_answer(prediction, references, row.get("category", ""))
-    score = {"exact": exact_match, "vqa": vqa_accuracy, "anls": anls, "relaxed": relaxed_accuracy}
-    return prediction, score.get(metric, open_answer)(prediction, references)
+        is_formula = row.get("category") == "Handwritten Mathematical Expression Recognition"
+        score = holds_formula if is_formula else holds_text
+    return prediction, float(max(score(prediction, reference) for reference in references))
 
 
 def options_of(row: dict) -> dict[str, str]:
@@ -94,50 +84,33 @@ def _holds(text: str, part: str) -> bool:
     return re.search(pattern, text) is not None
 
 
-# ---- one answer: (prediction, references) -> [0, 1] ----
+# ---- one answer and one reference; of several references the best counts ----
 
-def exact_match(prediction: str, references: Iterable[str]) -> float:
+def exact_match(prediction: str, reference: str) -> bool:
     """The same text but for white space and a final full stop."""
-    def plain(text):
-        return " ".join(text.split()).removesuffix(".").rstrip()
+    said, meant = (" ".join(text.split()).removesuffix(".").rstrip()
+                   for text in (prediction, reference))
+    return said == meant
 
-    return float(plain(prediction) in map(plain, references))
 
-
-def open_answer(prediction: str, references: Iterable[str]) -> float:
+def open_match(prediction: str, reference: str) -> bool:
     """Choices without options, as in MMMU (Yue et al. 2023, its script): a number must be among
     the numbers said, rounded to two places; words must stand in the answer."""
     number = r"-?(?:\d+\.\d+|\.?\d+)(?:[eE][+-]?\d+)?"
-    said = {round(float(n), 2) for n in re.findall(number, prediction.replace(",", ""))}
-
-    def is_met(reference):
-        plain = reference.replace(",", "").strip()
-        if re.fullmatch(number, plain):
-            return round(float(plain), 2) in said
-        return _words(reference) != "" and _holds(_words(prediction), _words(reference))
-
-    return float(any(map(is_met, references)))
+    plain = reference.replace(",", "").strip()
+    if re.fullmatch(number, plain):
+        said = re.findall(number, prediction.replace(",", ""))
+        return round(float(plain), 2) in {round(float(n), 2) for n in said}
+    return _words(reference) != "" and _holds(_words(prediction), _words(reference))
 
 
-def vqa_accuracy(prediction: str, references: list[str]) -> float:
-    """VQA accuracy (Antol et al. 2015; TextVQA's script): min(1, n / 3) where n of the other nine
-    people said the same, averaged over leaving out each of the ten. One reference: equality."""
-    said, people = normalize_vqa(prediction), [normalize_vqa(text) for text in references]
-    same = people.count(said)
-    if len(people) == 1:
-        return float(same)
-    return sum(min(1, (same - (person == said)) / 3) for person in people) / len(people)
-
-
-def anls(prediction: str, references: Iterable[str]) -> float:
-    """Average normalised Levenshtein similarity (Biten et al. 2019; DocVQA, Mathew et al. 2021),
-    the best reference's. As in the competition's script, case and runs of white space are ignored,
-    lengths are those of the texts as they are, and the threshold itself counts."""
-    best = 0.0
-    for reference in references:
-        texts = (" ".join(text.lower().split()) for text in (reference, prediction))
-        best = max(best, 1 - levenshtein(*texts) / max(len(reference), len(prediction), 1))
-    return best if best >= 0.5 else 0.0
+def anls(prediction: str, reference: str) -> float:
+    """Average normalised Levenshtein similarity (Biten et al. 2019; DocVQA, Mathew et al. 2021). As
+    in the competition's script, case and runs of white space are ignored, lengths are those of the
+    texts as they are, and a similarity of just 0.5 counts."""
+    texts = (" ".join(text.lower().split()) for text in (reference, prediction))
+    similarity = 1 - levenshtein(*texts) / max(len(reference), len(prediction), 1)
+    return similarity if similarity >= 0.5 else 0.0
 
 
 def levenshtein(a: str, b: str) -> int:
@@ -150,36 +123,46 @@ def levenshtein(a: str, b: str) -> int:
     return row[-1]
 
 
-def relaxed_accuracy(prediction: str, references: Iterable[str]) -> float:
+def relaxed_match(prediction: str, reference: str) -> bool:
     """ChartQA (Masry et al. 2022, section 5.1): a number may be 5% off; all else must be equal but
     for case. "12%" is 0.12 and a 0 is compared as text, as in Pix2Struct's script."""
-    def is_met(reference):
-        said, meant = _number(prediction.strip()), _number(reference.strip())
-        if said is not None and meant:
-            return abs(said - meant) <= 0.05 * abs(meant)
-        return prediction.strip().lower() == reference.strip().lower()
-
-    return float(any(map(is_met, references)))
+    prediction, reference = prediction.strip().lower(), reference.strip().lower()
+    said, meant = _number(prediction), _number(reference)
+    if meant and math.isfinite(said + meant):
+        return abs(said - meant) <= 0.05 * abs(meant)
+    return prediction == reference
 
 
-def _number(text: str) -> float | None:
+def _number(text: str) -> float:
+    """NaN for what is no number."""
     try:
-        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+        return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+        return math.nan
 
 
-def contains_answer(prediction: str, references: Iterable[str], category: str) -> float:
-    """OCRBench (Liu et al. 2023): a reference stands in the answer, case ignored; in formulas white
-    space is ignored and case is not."""
-    def plain(text):
-        if category == "Handwritten Mathematical Expression Recognition":
-            return re.sub(r"\s", "", text)
-        return text.lower().strip().replace("\n", " ")
+def holds_text(prediction: str, reference: str) -> bool:
+    """OCRBench (Liu et al. 2023): the reference stands in the answer, case ignored."""
+    said, meant = (text.lower().strip().replace("\n", " ") for text in (prediction, reference))
+    return meant != "" and meant in said
 
-    said = plain(prediction)
-    return float(any(reference in said for reference in map(plain, references) if reference))
+
+def holds_formula(prediction: str, reference: str) -> bool:
+    """The same of OCRBench's formulas: white space is ignored and case is not."""
+    said, meant = (re.sub(r"\s", "", text) for text in (prediction, reference))
+    return meant != "" and meant in said
+
+
+# ---- agreement with ten people ----
+
+def vqa_accuracy(prediction: str, references: list[str]) -> float:
+    """VQA accuracy (Antol et al. 2015; TextVQA's script): min(1, n / 3) where n of the other nine
+    people said the same, averaged over leaving out each of the ten. One reference: equality."""
+    said, people = normalize_vqa(prediction), list(map(normalize_vqa, references))
+    same = people.count(said)
+    if len(people) == 1:
+        return float(same)
+    return sum(min(1, (same - (person == said)) / 3) for person in people) / len(people)
 
 
 _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't

@@ -1,4 +1,4 @@
-"""Rows of a benchmark -> prompts -> answers -> records with a score."""
+"""Rows of a benchmark -> questions -> answers -> records with a score."""
 
 import base64
 import hashlib
@@ -60,18 +60,17 @@ def prompt_of(row: dict, metric: str, images: list) -> tuple[str, list]:
 
 
 def images_of(row: dict) -> list[Image.Image]:
-    """Raises UserError where one cannot be read."""
-    image = row.get("image")
-    if not image:
-        paths = row.get("image_path") or []
-        return [load_image(path) for path in ([paths] if isinstance(paths, str) else paths)]
-    if not isinstance(image, str):
-        return image if isinstance(image, list) else [image]
-    try:
-        files = [base64.b64decode("".join(x.split()), validate=True) for x in as_list(image)]
-    except ValueError as error:
-        raise UserError(f"the picture is not base64: {error}") from None
-    return [load_image(io.BytesIO(file)) for file in files]
+    """Raises UserError where there is none, or one cannot be read."""
+    images = row.get("image") or list(map(load_image, row.get("image_path") or []))
+    if isinstance(images, str):
+        try:
+            files = [base64.b64decode("".join(x.split()), validate=True) for x in as_list(images)]
+        except ValueError as error:
+            raise UserError(f"the picture is not base64: {error}") from None
+        images = [load_image(io.BytesIO(file)) for file in files]
+    if not images:
+        raise UserError("no picture")
+    return images if isinstance(images, list) else [images]
 
 
 def check_row(row: dict, metric: str):
@@ -79,27 +78,25 @@ def check_row(row: dict, metric: str):
     if "bad" in row:
         raise UserError(row["bad"])
     answer, index, options = row["answer"].strip(), row.get("index", ""), options_of(row)
-    if not row["question"].strip():
-        raise UserError("no question")
-    if not any(part.strip() for part in as_list(answer)):
-        raise UserError("no answer")
-    if metric in CHOICE and options and answer not in options:
-        raise UserError(f"the answer {answer!r} is none of the options {', '.join(options)}")
-    if metric in YES_NO and answer.lower() not in ("yes", "no"):
-        raise UserError(f"the answer {answer!r} is neither yes nor no")
-    if metric == "circular" and not re.fullmatch(r"\s*\d{1,18}\s*", index):
-        raise UserError(f"the index {index!r} is no whole number, which circular evaluation counts by")
-    if metric == "hallusion" and index.count("_") < 3:
-        raise UserError(f"the index {index!r} does not end in _set_figure_question")
+    for is_bad, why in (
+            (not row["question"].strip(), "no question"),
+            (not any(map(str.strip, as_list(answer))), "no answer"),
+            (metric in CHOICE and options and answer not in options,
+             f"the answer {answer!r} is none of the options {', '.join(options)}"),
+            (metric in YES_NO and answer.lower() not in ("yes", "no"),
+             f"the answer {answer!r} is neither yes nor no"),
+            (metric == "circular" and not re.fullmatch(r"\s*\d{1,18}\s*", index),
+             f"the index {index!r} is no whole number, which circular evaluation counts by"),
+            (metric == "hallusion" and index.count("_") < 3,
+             f"the index {index!r} does not end in _set_figure_question")):
+        if is_bad:
+            raise UserError(why)
 
 
 def prepare(model, row: dict, metric: str, max_new_tokens: int) -> Question:
     """Raises UserError where the row cannot be asked."""
     check_row(row, metric)
-    images = images_of(row)
-    if not images:
-        raise UserError("no picture")
-    text, images = prompt_of(row, metric, images)
+    text, images = prompt_of(row, metric, images_of(row))
     ids = encode_prompt(model.tokenizer, text, model.config.chat_template)
     grids = [patch_grid(image, model.config.vision) for image in images]
     tokens = len(ids) - len(images) + sum(h * w for h, w in grids) + max_new_tokens
@@ -113,34 +110,42 @@ def prepare(model, row: dict, metric: str, max_new_tokens: int) -> Question:
     return Question(row, ids, images, tokens)
 
 
-def answers(model, rows: Iterable[dict], metric: str, max_new_tokens: int = 128,
-            batch_tokens: int = 16384) -> Iterator[dict]:
-    """A record a row: what was asked, answered, read and scored; or "bad", why it could not be
-    asked. Rows are asked together up to batch_tokens of Question.tokens."""
-    batch = []
+def prepare_all(model, rows: Iterable[dict], metric: str,
+                max_new_tokens: int) -> Iterator[Question | dict]:
+    """A Question a row, or a record that says why it cannot be asked ("bad")."""
     for number, row in enumerate(rows):
         row = {"row": number + 1} | row | {"index": str(row.get("index", number))}
         try:
-            question = prepare(model, row, metric, max_new_tokens)
+            yield prepare(model, row, metric, max_new_tokens)
         except UserError as error:
             yield {"row": row["row"], "index": row["index"], "bad": str(error)}
+
+
+def answers(model, rows: Iterable[dict], metric: str, max_new_tokens: int = 128,
+            batch_tokens: int = 16384) -> Iterator[dict]:
+    """A record a row: what was asked, answered, read and scored; or "bad". Rows are asked together
+    up to batch_tokens of Question.tokens."""
+    batch, tokens = [], 0
+    for question in prepare_all(model, rows, metric, max_new_tokens):
+        if isinstance(question, dict):
+            yield question
             continue
-        if batch and sum(q.tokens for q in batch) + question.tokens > batch_tokens:
-            yield from _ask(model, batch, metric, max_new_tokens)
-            batch = []
+        if batch and tokens + question.tokens > batch_tokens:
+            yield from ask(model, batch, metric, max_new_tokens)
+            batch, tokens = [], 0
         batch.append(question)
+        tokens += question.tokens
     if batch:
-        yield from _ask(model, batch, metric, max_new_tokens)
+        yield from ask(model, batch, metric, max_new_tokens)
 
 
-def _ask(model, batch: list[Question], metric: str, max_new_tokens: int) -> Iterator[dict]:
+def ask(model, batch: list[Question], metric: str, max_new_tokens: int) -> Iterator[dict]:
     try:
         outputs = model.generate_batch([question.ids for question in batch],
                                        [question.images for question in batch],
                                        max_new_tokens=max_new_tokens)
     except torch.cuda.OutOfMemoryError:
-        raise UserError(f"out of memory with {len(batch)} rows of {sum(q.tokens for q in batch)} tokens: lower "
-                        "--batch-tokens") from None
+        raise UserError(f"out of memory with {len(batch)} rows: lower --batch-tokens") from None
     for (row, *_), output in zip(batch, outputs):
         prediction = model.tokenizer.decode(output).strip()
         read, score = grade(metric, prediction, row)
@@ -162,12 +167,11 @@ def evaluate_rows(model, rows: list[dict], metric: str = "exact") -> dict:
 
 def table(lines: dict[str, dict[str, float]]) -> str:
     """label -> {column: number} as text, a line a label; absent numbers are left empty."""
-    def text(number) -> str:
-        return "" if number is None else str(number) if type(number) is int else f"{number:.1f}"
-
     names = list(dict.fromkeys(name for numbers in lines.values() for name in numbers))
     rows = [["", *names]]
-    rows += [[label, *(text(numbers.get(name)) for name in names)] for label, numbers in lines.items()]
+    for label, numbers in lines.items():
+        cells = (numbers.get(name, "") for name in names)
+        rows.append([label, *(f"{x:.1f}" if isinstance(x, float) else str(x) for x in cells)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in cells)
+    rows = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in rows)
