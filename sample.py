@@ -46,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--image", type=Path, action="append", default=[], metavar="FILE",
         help="a picture; give it again for more")
-    add("--prompt", action="append", default=[],
+    add("--prompt", type=utf8, action="append", default=[],
         help=f'what to ask; give it again for more ("{DEFAULT_PROMPT}")')
     add("--chat-template", choices=[name for name in TEMPLATES if name != "plain"],
         help="how a conversation is written down (the model's own)")
@@ -58,7 +58,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--attention", type=Path, metavar="PNG", help="draw where the model looks for each word")
     add = parser.add_argument_group("how the next token is chosen").add_argument
     add("--max-new-tokens", type=positive(int), default=256)
-    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    add("--stop", type=utf8, action="append", default=[], metavar="TEXT",
+        help="end the answer before this text")
     add("--seed", type=positive(int, or_zero=True, most=2 ** 31), default=0)
     for name, default, text in (
             ("temperature", 0.0, "0 takes the likeliest token (0)"),
@@ -68,6 +69,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             ("repetition-penalty", 1.0, "over 1 repeats less (1)")):
         add("--" + name, type=type(default), default=default, help=text)
     return parser.parse_args(argv)
+
+
+def utf8(text: str) -> str:
+    """A flag's text, whatever the locale."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise UserError(f"{text!r} is not UTF-8 text") from None
 
 
 def layers(text: str) -> slice:
@@ -101,7 +110,6 @@ def check(args):
             (not all(map(str.strip, args.prompt)), "--prompt is empty: ask something"),
             (not (args.prompt or args.image or args.chat),
              "nothing to answer: name a picture with --image, or ask something with --prompt"),
-            (re.search("[\ud800-\udfff]", "".join(args.prompt)), "--prompt is not UTF-8 text"),
             (args.stats and args.jsonl,
              "--stats times one answer after another: leave --jsonl out"),
             (args.chat and sys.stdin is None,
@@ -287,7 +295,7 @@ def questions(prompts: list[str]) -> Iterator[str]:
     typed = sys.stdin.isatty()
     while True:
         try:
-            yield input("> " if typed else "").strip().encode(errors="replace").decode()
+            yield os.fsencode(input("> " if typed else "").strip()).decode(errors="replace")
         except UnicodeDecodeError:
             print("error: a line that is not UTF-8 text", file=sys.stderr)
         except EOFError:

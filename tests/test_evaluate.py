@@ -401,3 +401,106 @@ def test_a_byte_order_mark_before_a_quoted_header(tmp_path):
     tsv = write_tsv(tmp_path / "t.tsv", COLUMNS, [[0, encoded(), "Which?", "red", "blue", "", "A", "hue"]], csv.QUOTE_ALL)
     tsv.write_bytes(b"\xef\xbb\xbf" + tsv.read_bytes())
     assert TSV(tsv, quiet=True)[0]["answer"] == "A"
+
+
+# ---- what comes from outside ----
+
+GOOD = {"row": 1, "index": "0", "question": "q", "answer": ["A"], "prediction": "A", "score": 1.0, "read": "A",
+        "options": 2}
+
+
+@pytest.mark.parametrize("record", [
+    [], 7, "text", None, {}, {"row": 1}, {"row": 1, "bad": 3, "index": "0"}, GOOD | {"row": "1"}, GOOD | {"row": True},
+    GOOD | {"score": "x"}, GOOD | {"score": float("nan")}, GOOD | {"score": 1e999}, GOOD | {"score": 2}, GOOD | {"score": None},
+    GOOD | {"index": 3}, GOOD | {"answer": 3}, GOOD | {"answer": [3]}, GOOD | {"prediction": ["A"]}, GOOD | {"category": 3},
+    GOOD | {"index": "x"}, GOOD | {"options": "x"}, GOOD | {"index": "9" * 5000}, GOOD | {"options": [1]}],
+    ids=lambda record: str(record)[:60])
+def test_odd_records_are_refused_in_one_line(tmp_path, record):
+    settings = {"metric": "circular"}
+    (tmp_path / "predictions-0.jsonl").write_text(f"{json.dumps(settings)}\n{json.dumps(record)}\n")
+    with pytest.raises(UserError, match="predictions-0.jsonl is damaged .*remove it") as error:
+        read_answers(tmp_path, settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "7", "[]", '"x"', "{", "\0", '{"a": ' * 50_000, "null"],
+                         ids=lambda line: line[:4])
+def test_odd_lines_are_refused_in_one_line(tmp_path, line):
+    for lines in ([line], ['{"metric": "exact"}', line]):
+        (tmp_path / "predictions-0.jsonl").write_text("\n".join(lines) + "\n")
+        with pytest.raises(UserError, match="predictions-0.jsonl (is damaged|was made with)"):
+            read_answers(tmp_path, {"metric": "exact"})
+
+
+def test_special_files_are_refused_unopened(tmp_path, weights):
+    folder, _ = weights
+    tsv, out = choices(tmp_path / "Choices.tsv"), tmp_path / "out"
+    out.mkdir()
+    os.mkfifo(out / "predictions-0.jsonl")
+    os.mkfifo(tmp_path / "fifo.tsv")
+    for file, flags in ((tsv, ["--out", str(out)]), (tmp_path / "fifo.tsv", []), ("/dev/zero", [])):
+        with pytest.raises(UserError, match="is not a regular file"):
+            run(folder, file, *flags)
+    with pytest.raises(UserError, match="is a folder, not a file"):
+        run(folder, tmp_path)
+    (folder / "eval" / "Choices" / "results.json").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write .*results.json"):
+        run(folder, tsv)
+
+
+def test_image_paths_stay_in_their_folder(tmp_path):
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere" / "deep"
+    images.mkdir()
+    elsewhere.mkdir(parents=True)
+    for file in (tmp_path / "secret.png", tmp_path / "elsewhere" / "secret.png", images / "mine.png"):
+        picture().save(file)
+    (images / "link").symlink_to(elsewhere)
+    names = ["../secret.png", str(tmp_path / "secret.png"), "link/../secret.png", "['mine.png', '../secret.png']",
+             "x" * 300, "a\0b", "link/../../images/mine.png", "mine.png"]
+    rows = [[i, name, "q", "1"] for i, name in enumerate(names)]
+    tsv = TSV(write_tsv(tmp_path / "t.tsv", ("index", "image_path", "question", "answer"), rows), images=images)
+    found = list(answers(FakeModel(lambda text, images: "1"), (tsv[i] for i in range(len(tsv))), "exact"))
+    bad = {record["row"]: record["bad"] for record in found if "bad" in record}
+    assert set(bad) == {1, 2, 3, 4, 5, 6} and all("is outside of" in bad[row] for row in (1, 2, 3, 4))
+
+
+def test_calibration_writes_what_the_visual_path_chose(tmp_path, weights, monkeypatch, capsys):
+    import dataclasses
+
+    folder, model = weights
+    rows = [[i, encoded() if i else "", "Which?", "red", "blue", "", "A", "hue"] for i in range(3)]
+    tsv, seen = write_tsv(tmp_path / "Choices.tsv", COLUMNS, rows), []
+
+    def calibrate(path, model, prompts):
+        seen.extend((ids.count(IMAGE_TOKEN), len(images)) for ids, images in prompts)
+        return dataclasses.replace(path, window=9), ["layer 0: all"]
+
+    monkeypatch.setattr(type(CONFIG.visual_path), "calibrate", calibrate, raising=False)
+    run(folder, tsv, "--calibrate", "--visual-path", "yopo")
+    assert seen == [(1, 1)] * 2
+    assert json.loads((folder / "config.json").read_text())["visual_path"]["window"] == 9
+    out = capsys.readouterr().out
+    assert "row 1 is left out: no picture\nlayer 0: all\nwritten to" in out
+
+
+def test_flags_environment_and_places(tmp_path, weights, monkeypatch):
+    folder, _ = weights
+    tsv = choices(tmp_path / "Choices.tsv")
+    for flags, what in ((["--out", "/proc/x"], "cannot write /proc/x/predictions-0.jsonl"), (["--limit", "1e99"], "--limit"),
+                        (["--images", "/dev/null", "--metric", "x"], "--metric")):
+        with pytest.raises(UserError, match=what):
+            run(folder, tsv, *flags)
+    for name, value in (("RANK", "abc"), ("WORLD_SIZE", "-3"), ("WORLD_SIZE", "1e9")):
+        with monkeypatch.context() as environment, pytest.raises(UserError, match=f"{name} is '{value}'"):
+            environment.setenv(name, value)
+            run(folder, tsv)
+
+
+def test_the_program_ends_in_one_line():
+    def shell(flags):
+        return subprocess.run(f"{sys.executable} -m nanoeemllm.evaluation {flags}", shell=True, capture_output=True,
+                              text=True, timeout=60)
+
+    got = shell("--weights nowhere --tsv none")
+    assert got.returncode == 2 and got.stderr == "error: nowhere/config.json: no such file\n"
+    assert "Traceback" not in shell("--help | head -1").stderr
