@@ -24,14 +24,14 @@ import torch
 import nanoeemllm
 from nanoeemllm.border.command import Parser, positive, run_command
 from nanoeemllm.border.files import quoted, read_json
-from nanoeemllm.command_line import visual_path_from
 from nanoeemllm.config import UserError
+from nanoeemllm.data.images import load_image
 from nanoeemllm.evaluation.attention_map import draw_attention
-from nanoeemllm.evaluation.load import add_model_flags, load_model, read_config
-from nanoeemllm.generation import Sampling, stream_text
-from nanoeemllm.image import load_image
+from nanoeemllm.evaluation.load import add_model_flags, load_model
+from nanoeemllm.generate import Sampling, stream_text
+from nanoeemllm.paths import from_args
 from nanoeemllm.prompt import IMAGE_TEXT, TEMPLATES, encode_prompt
-from nanoeemllm.visual_path import CompositePath
+from nanoeemllm.weights.folder import read_config
 
 DEFAULT_PROMPT = "describe the picture thing by thing."     # the tiny world's; others know it too
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -173,7 +173,7 @@ def open_model(args):
     if args.image and config.vision is None:
         raise UserError(f"{quoted(folder)} has no image encoder: leave --image out, or name another "
                         "model with --weights")
-    model = load_model(folder, args.device, args.dtype, visual_path_from(args, config.visual_path))
+    model = load_model(folder, args.device, args.dtype, from_args(args, config))
     if args.chat_template:
         model.config = dataclasses.replace(model.config, chat_template=args.chat_template)
     return model
@@ -192,11 +192,11 @@ class ChatSession:
 
     def shown(self) -> dict:
         """The images as arguments of model.generate."""
-        if not isinstance(self.model.decoder.path, CompositePath):
+        if not self.model.config.visual_path.images_are_reusable:
             return {"images": self.images}
         if new := self.images[len(self.image_kv):]:
-            self.image_kv += self.model.see(new)
-        return {"pictures": self.image_kv}
+            self.image_kv += self.model.encode_images(new)
+        return {"image_kv": self.image_kv}
 
     def options(self) -> dict:
         return {"max_new_tokens": self.args.max_new_tokens, "stop_strings": tuple(self.args.stop),

@@ -1,13 +1,16 @@
 """Attention maps against the definition of attention."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from nanoeemllm.config import IMAGE_TOKEN as IMAGE
-from nanoeemllm.config import VisualPathConfig
+from nanoeemllm.data.images import prepare_image
 from nanoeemllm.evaluation import attention_map
-from nanoeemllm.image import prepare_image
-from nanoeemllm.visual_path import make_visual_path
+from nanoeemllm.llama import apply_rope, rope_cos_sin
+from nanoeemllm.model import EEMLLM
+from nanoeemllm.paths import make
 from test_generation import make_model as wide_model
 from test_model import picture
 
@@ -37,32 +40,29 @@ def test_pruned_heads_pay_nothing():
     ids, images = [1, IMAGE, 5, 6], [picture(1)]
     heat = {}
     for kept in ((0,), (1,), (0, 1)):
-        config = VisualPathConfig("yopo", last_visual_layer=1, kept_heads=(kept,) * llama.num_hidden_layers)
-        model.decoder.path = path = make_visual_path(config, llama)
-        for layer in model.decoder.layers:
-            layer.path = path
-        heat[kept] = attention_map.attention_to_images(model, ids, images, [9])
+        path = make("yopo", last_visual_layer=1, kept_heads=(kept,) * llama.num_hidden_layers)
+        pruned = EEMLLM(dataclasses.replace(model.config, visual_path=path))
+        pruned.load_state_dict(model.state_dict())
+        heat[kept] = attention_map.attention_to_images(pruned, ids, images, [9])
     torch.testing.assert_close(heat[0, 1], heat[0,] + heat[1,])
 
 
 def test_attention_by_hand():
-    """One layer, one head group: softmax of q . k over everything before the row that said the word."""
+    """One layer, one head group: softmax of q . k over everything before the row that produced the word."""
     model = wide_model(layers=1, dtype=torch.float64)
-    ids, image = [1, IMAGE, 5, 6], picture(1)
+    llama, ids, image = model.config.llama, [1, IMAGE, 5, 6], picture(1)
     V = len(prepare_image(image, model.config.vision)[0])
-    layer = model.decoder.layers[0]
-    kept, taken = {}, {}
-    layer.self_attn.q_proj.register_forward_hook(lambda m, a, out: kept.setdefault("q", out))
-    layer.self_attn.k_proj.register_forward_hook(lambda m, a, out: taken.setdefault(len(out), out))
+    layer, rows = model.decoder.layers[0], {}
+    layer.self_attn.q_proj.register_forward_hook(lambda m, a, out: rows.setdefault("q", out))
+    layer.self_attn.k_proj.register_forward_hook(lambda m, a, out: rows.setdefault("k", out))
     heat = attention_map.attention_to_images(model, ids, [image], [9])
-    from nanoeemllm.llama import apply_rope, rope_cos_sin
-    at = lambda *p: rope_cos_sin(torch.tensor(p), model.config.llama)
-    heads, key_heads = model.config.llama.num_attention_heads, model.config.llama.num_key_value_heads
-    q = apply_rope(kept["q"].unflatten(-1, (heads, -1)), at(0, V + 1, V + 2))[-1]                              # (H, D)
-    k = torch.cat([apply_rope(taken[V].unflatten(-1, (key_heads, -1)), at(*range(1, V + 1))),
-                   apply_rope(taken[3].unflatten(-1, (key_heads, -1)), at(0, V + 1, V + 2))]).repeat_interleave(heads // key_heads, 1)
+    position = torch.tensor([0, V + 1, V + 2, *range(1, V + 1)])                  # text, then visual rows
+    cos, sin = rope_cos_sin(position, llama, rows["k"])
+    heads, key_heads = llama.num_attention_heads, llama.num_key_value_heads
+    q = apply_rope(rows["q"].unflatten(-1, (heads, -1)), (cos[:3], sin[:3]))[-1]                       # (H, D)
+    k = apply_rope(rows["k"].unflatten(-1, (key_heads, -1)), (cos, sin)).repeat_interleave(heads // key_heads, 1)
     weights = (torch.einsum("hd,khd->hk", q, k) * q.shape[-1] ** -0.5).softmax(-1).mean(0)
-    torch.testing.assert_close(heat[0, 0], weights[:V].float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(heat[0, 0], weights[3:].float(), rtol=1e-4, atol=1e-6)
 
 
 def test_words_are_put_together_from_tokens():

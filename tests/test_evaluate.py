@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -18,8 +19,10 @@ from nanoeemllm.evaluation import __main__ as command
 from nanoeemllm.evaluation import evaluate_rows, summarize, table
 from nanoeemllm.evaluation.benchmark import TSV, as_list, detect, read_answers, write_answers
 from nanoeemllm.evaluation.questions import answers, prepare, prompt_of
+from nanoeemllm.paths import PATHS
 from nanoeemllm.prompt import Tokenizer
-from nanoeemllm.toy_report import compare, majority, shuffled
+from nanoeemllm.toy.report import compare, majority, shuffled
+from nanoeemllm.weights.folder import read_config
 
 CONFIG = ModelConfig(LlamaConfig(vocab_size=258, max_position_embeddings=600), VisionConfig(image_size=28))
 
@@ -341,12 +344,12 @@ def test_circular_evaluation_of_a_file(tmp_path, weights, capsys):
 def test_the_whole_command_on_a_real_model_split_over_processes(tmp_path):
     """A tiny model of random weights answers the tiny world's file: two processes say what one says."""
     import torch
-    from nanoeemllm.checkpoint import save
+    from nanoeemllm.weights.folder import save
     from nanoeemllm.config import PRESETS
     from nanoeemllm.model import EEMLLM
-    from nanoeemllm.toy import WorldConfig, export_tsv
+    from nanoeemllm.toy.world import WorldConfig, export_tsv
     config, tokenizer = PRESETS["tiny"], byte_tokenizer()
-    config = ModelConfig.from_dict(config.to_dict() | {"llama": config.to_dict()["llama"] | {"vocab_size": 258}})
+    config = dataclasses.replace(config, llama=dataclasses.replace(config.llama, vocab_size=258))
     torch.manual_seed(0)
     model = EEMLLM(config, tokenizer)
     model.initialize()
@@ -465,8 +468,6 @@ def test_image_paths_stay_in_their_folder(tmp_path):
 
 
 def test_calibration_writes_what_the_visual_path_chose(tmp_path, weights, monkeypatch, capsys):
-    import dataclasses
-
     folder, model = weights
     rows = [[i, encoded() if i else "", "Which?", "red", "blue", "", "A", "hue"] for i in range(3)]
     tsv, seen = write_tsv(tmp_path / "Choices.tsv", COLUMNS, rows), []
@@ -475,10 +476,11 @@ def test_calibration_writes_what_the_visual_path_chose(tmp_path, weights, monkey
         seen.extend((ids.count(IMAGE_TOKEN), len(images)) for ids, images in prompts)
         return dataclasses.replace(path, window=9), ["layer 0: all"]
 
-    monkeypatch.setattr(type(CONFIG.visual_path), "calibrate", calibrate, raising=False)
+    monkeypatch.setattr(PATHS["yopo"], "calibrate", calibrate)
     run(folder, tsv, "--calibrate", "--visual-path", "yopo")
     assert seen == [(1, 1)] * 2
-    assert json.loads((folder / "config.json").read_text())["visual_path"]["window"] == 9
+    config = read_config(folder)
+    assert config.visual_path == CONFIG.visual_path and config.path_named("yopo").window == 9
     out = capsys.readouterr().out
     assert "row 1 is left out: no picture\nlayer 0: all\nwritten to" in out
 

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 import sample
-from nanoeemllm.checkpoint import save
 from nanoeemllm.config import PRESETS, UserError
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import Tokenizer
-from nanoeemllm.toy import make_tokenizer
+from nanoeemllm.toy.world import make_tokenizer
+from nanoeemllm.weights.folder import save
 from test_model import picture
 
 SCRIPT = Path(sample.__file__)

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from nanoeemllm.border.command import Parser, from_environment, positive, run_command
 from nanoeemllm.border.files import quoted, write_aside
-from nanoeemllm.command_line import visual_path_from
 from nanoeemllm.config import UserError
 from nanoeemllm.evaluation.benchmark import TSV, detect, read_answers, write_answers
-from nanoeemllm.evaluation.load import add_model_flags, load_model, read_config
+from nanoeemllm.evaluation.load import add_model_flags, load_model
 from nanoeemllm.evaluation.metrics import GROUPS, METRICS, summarize
 from nanoeemllm.evaluation.questions import answers, prepare_all, table
+from nanoeemllm.paths import from_args
+from nanoeemllm.weights.folder import read_config
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,14 +51,14 @@ def main(argv: list[str] | None = None):
     config = read_config(args.weights)
     if config.vision is None:
         raise UserError(f"{quoted(args.weights)} has no image encoder: give --weights a model that sees")
-    path = visual_path_from(args, config.visual_path)
+    path = from_args(args, config)
     rank, world = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
     tsv = TSV(args.tsv, args.limit, args.images, quiet=rank > 0)
     if not len(tsv):
         raise UserError(f"{quoted(args.tsv)} has no rows under its first line")
     metric = args.metric or detect(args.tsv.stem, tsv.columns)
     if args.calibrate:
-        return calibrate(args, dataclasses.replace(config, visual_path=path), tsv, metric)
+        return calibrate(args, config, path, tsv, metric)
     file, written = args.tsv.stat(), (args.weights / "config.json").stat().st_mtime
     settings = {"weights": str(args.weights.resolve()), "written": written,
                 "tsv": str(args.tsv.resolve()), "tsv_bytes": file.st_size,
@@ -91,9 +92,10 @@ def main(argv: list[str] | None = None):
         report(args.tsv.name, records, settings, folder / "results.json")
 
 
-def calibrate(args, config, tsv: TSV, metric: str):
+def calibrate(args, config, path, tsv: TSV, metric: str):
     """Has the visual path choose what it prunes on these rows, and writes that to the model."""
-    model = load_model(args.weights, args.device, args.dtype, config.visual_path)
+    as_path = getattr(path, "calibrated_as", None) or config.visual_path.name
+    model = load_model(args.weights, args.device, args.dtype, config.path_named(as_path))
 
     def prompts() -> Iterator[tuple[list[int], list]]:
         rows = tqdm(map(tsv.__getitem__, range(len(tsv))), "calibration", len(tsv), disable=None)
@@ -103,9 +105,14 @@ def calibrate(args, config, tsv: TSV, metric: str):
             else:
                 yield question.ids, question.images
 
-    path, lines = config.visual_path.calibrate(model, prompts())
-    data = dataclasses.replace(config, visual_path=path).to_dict()
-    write_aside(args.weights / "config.json", json.dumps(data, indent=2).encode())
+    path, lines = path.calibrate(model, prompts())
+    if path.name == config.visual_path.name:
+        config = dataclasses.replace(config, visual_path=path)
+    else:                                             # the model stays what it is
+        others = [other for other in config.other_paths if other.name != path.name]
+        config = dataclasses.replace(config, other_paths=(*others, path))
+    text = json.dumps(config.to_dict(), indent=2)
+    write_aside(args.weights / "config.json", text.encode())
     print(*lines, f"written to {args.weights / 'config.json'}", sep="\n")
 
 

@@ -13,10 +13,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nanoeemllm.attention import compute, use_attention, visible
+from nanoeemllm.attention import compute, samples_of, use_attention, visible
 from nanoeemllm.border.files import write_aside
 from nanoeemllm.config import IMAGE_TOKEN, UserError, VisionConfig
-from nanoeemllm.image import prepare_image
+from nanoeemllm.data.images import prepare_image
 
 SIDE, GAP, LABEL = 168, 10, 22          # pixels: an image's longer side, between panels, a label
 COLUMNS, WORDS = 6, 47                  # most panels in a row, most words drawn
@@ -28,14 +28,14 @@ def attention_to_images(model, ids: list[int], images: list, answer: list[int]) 
     read, layers = ids + answer[:-1], []
     T = sum(token != IMAGE_TOKEN for token in read)
 
-    def record(q, keys, sees, scale):
+    def record(q, keys, sees):
         # A text row i sees i + 1 text keys, or none in cross-attention. Other calls are those of
         # visual rows, and of the encoder, which has no visual keys.
         count = torch.arange(1, T + 1, device=q.device)
         is_text = len(q) == T and (not sees.text.max_length or torch.equal(sees.sees_text, count))
         if is_text and sees.visual.max_length:
-            layers.append(heat_of_rows(T - len(answer), q, keys, sees, scale))
-        return compute(q, keys, sees, scale)
+            layers.append(heat_of_rows(T - len(answer), q, keys, sees))
+        return compute(q, keys, sees)
 
     with use_attention(record):
         model.logits(read, images)
@@ -43,16 +43,15 @@ def attention_to_images(model, ids: list[int], images: list, answer: list[int]) 
     return torch.stack(layers) / model.config.llama.num_attention_heads
 
 
-def heat_of_rows(first: int, q: Tensor, keys, sees, scale: float | None) -> Tensor:
+def heat_of_rows(first: int, q: Tensor, keys, sees) -> Tensor:
     """Attention weights of the query rows from `first` on, on all visual keys, summed over the
     heads of q (T, heads, D): (T - first, V)."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     heat = torch.zeros(len(q) - first, len(keys.k_visual))
-    for q_start, Q, v_start, V, t_start, T in sees.samples:
+    for (q_start, Q), (v_start, V), (t_start, T) in samples_of(sees):
         rows = slice(max(first, q_start), max(first, q_start + Q))
         k = torch.cat([keys.k_visual[v_start:v_start + V], keys.k_text[t_start:t_start + T]])
         k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q[rows].float(), k) * scale
+        scores = torch.einsum("qhd,khd->hqk", q[rows].float(), k) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~visible(sees, rows, V, T), -torch.inf)
         weights = scores.softmax(-1).nan_to_num().sum(0)              # NaN: the row sees no key
         heat[rows.start - first:rows.stop - first, v_start:v_start + V] = weights[:, :V]

@@ -5,10 +5,8 @@ from pathlib import Path
 import torch
 
 from nanoeemllm.border.command import device_from
-from nanoeemllm.border.files import read_json
-from nanoeemllm.checkpoint import load
-from nanoeemllm.command_line import add_visual_path_flags
-from nanoeemllm.config import ModelConfig
+from nanoeemllm.paths import add_flags
+from nanoeemllm.weights.folder import load
 
 
 def add_model_flags(parser, **weights):
@@ -18,11 +16,7 @@ def add_model_flags(parser, **weights):
     add("--device", help="cuda, mps or cpu (the first there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="(bfloat16 on a GPU, else as the weights are)")
-    add_visual_path_flags(parser)
-
-
-def read_config(folder: Path) -> ModelConfig:
-    return ModelConfig.from_dict(read_json(folder / "config.json"))
+    add_flags(parser)
 
 
 def load_model(folder: Path, device: str | None, dtype: str | None, path):

@@ -12,10 +12,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from nanoeemllm.config import UserError
-from nanoeemllm.data import patch_grid
+from nanoeemllm.data.images import load_image
+from nanoeemllm.data.packing import patch_grid
 from nanoeemllm.evaluation.benchmark import as_list
 from nanoeemllm.evaluation.metrics import CHOICE, GROUPS, YES_NO, grade, options_of, summarize
-from nanoeemllm.image import load_image
 from nanoeemllm.prompt import IMAGE_TEXT, encode_prompt
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
