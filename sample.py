@@ -3,7 +3,7 @@
     python sample.py --image cat.png                              the newest model describes it
     python sample.py --image a.png --prompt "..." --prompt "..."  the picture is encoded once
     python sample.py --image a.png --image b.png --prompt "..."   <image> in the prompt places them
-    python sample.py --image a.png --chat                         /image FILE, /reset, Ctrl-C, Ctrl-D
+    python sample.py --image a.png --chat                         /image FILE, /reset, Ctrl-C and -D
     python sample.py --image a.png --attention map.png            where it looks, word by word
     python sample.py --image FOLDER --jsonl                       a line of JSON a picture
 """
@@ -37,7 +37,7 @@ DEFAULT_PROMPT = "describe the picture thing by thing."     # the tiny world's; 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ASSETS = Path(nanoeemllm.__file__).parent / "assets"
 MODELS = (Path("out"), Path(__file__).parent / "out")       # where a model is looked for, in turn
-BATCH = 16                                                  # pictures that --jsonl asks about at once
+BATCH = 16                                                  # pictures that --jsonl asks at once
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help=f'what to ask; give it again for more ("{DEFAULT_PROMPT}")')
     add("--chat-template", choices=[name for name in TEMPLATES if name != "plain"],
         help="how a conversation is written down (the model's own)")
-    add("--attention-layers", type=layers, metavar="A-B", help="layers that --attention draws (all)")
+    add("--attention-layers", type=layers, metavar="A-B", help="layers it draws (all)")
     add("--stats", action="store_true", help="time to first token, tokens/s, memory, on stderr")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--chat", action="store_true", help="read questions from stdin, remember the conversation")
@@ -156,10 +156,10 @@ def example(file: Path) -> Path:
 
 def newest_model(folder: Path) -> Path | None:
     """The last written model under the folder that sees pictures and is no stage's backbone."""
-    found = [file for file in folder.rglob("config.json") if (file.parent / "tokenizer.json").is_file()
-             and not re.search(r"(^|/)(\.|backbone)", file.relative_to(folder).as_posix())]
-    for file in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
-        if read_json(file).get("vision"):
+    for file in sorted(folder.rglob("config.json"), key=os.path.getmtime, reverse=True):
+        is_passed_over = re.search(r"(^|/)(\.|backbone)", file.relative_to(folder).as_posix())
+        has_tokenizer = (file.parent / "tokenizer.json").is_file()
+        if has_tokenizer and not is_passed_over and read_json(file).get("vision"):
             return file.parent
     return None
 
@@ -169,11 +169,8 @@ def open_model(args):
     if folder is None:
         raise UserError("no trained model under out/: make one with `python train.py`, or name a "
                         "folder with --weights")
-    config = read_config(folder)
-    if args.image and config.vision is None:
-        raise UserError(f"{quoted(folder)} has no image encoder: leave --image out, or name another "
-                        "model with --weights")
-    model = load_model(folder, args.device, args.dtype, from_args(args, config))
+    path = from_args(args, read_config(folder))
+    model = load_model(folder, args.device, args.dtype, path)
     if args.chat_template:
         model.config = dataclasses.replace(model.config, chat_template=args.chat_template)
     return model
@@ -258,8 +255,8 @@ def place_images(prompt: str, images: int) -> str:
     """The prompt with an <image> for every image: where it says, or else in front."""
     placed = prompt.count(IMAGE_TEXT)
     if placed not in (0, images):
-        raise UserError(f"the prompt holds {placed} <image> but {images} picture(s) are named: give "
-                        "one --image for each")
+        raise UserError(f"the prompt holds {placed} <image> but {images} picture(s) are named: "
+                        "give one --image for each")
     return prompt if placed else (IMAGE_TEXT + "\n") * images + prompt
 
 
@@ -275,7 +272,8 @@ def chat(session: ChatSession):
             elif command == "/image":
                 session.images.append(load_image(example(Path(os.path.expanduser(rest.strip())))))
             elif line.startswith("/"):
-                raise UserError(f"{command} is not known; known: /image FILE, /reset, and Ctrl-D to end")
+                raise UserError(f"{command} is not known; known: /image FILE, /reset, and Ctrl-D "
+                                "to end")
             elif line:
                 text = place_images(line, len(session.images) - placed)
                 asked = {"from": "human", "value": text}
@@ -283,7 +281,7 @@ def chat(session: ChatSession):
                 turns += [asked, {"from": "gpt", "value": said.replace(IMAGE_TEXT, "").strip()}]
                 placed = len(session.images)
         except UserError as error:
-            if not line.startswith("/"):                    # the next question must not fail for these
+            if not line.startswith("/"):                    # or the next question would fail, too
                 del session.images[placed:], session.image_kv[placed:]
             print(f"error: {error}", file=sys.stderr)
     if line is None:
@@ -305,24 +303,26 @@ def questions(prompts: list[str]) -> Iterator[str]:
 
 def answer_each(session: ChatSession):
     """BATCH pictures at a time, with every prompt each."""
-    model, files = session.model, session.args.image
-    prompts, broken = session.args.prompt or [DEFAULT_PROMPT], 0
+    model, files, broken = session.model, session.args.image, 0
+    prompts = session.args.prompt or [DEFAULT_PROMPT]
     ids = [session.ids(place_images(prompt, 1)) for prompt in prompts]
     for first in range(0, len(files), BATCH):
-        read, session.images, session.image_kv = [], [], []
+        asked, session.images, session.image_kv = [], [], []
         for file in files[first:first + BATCH]:
             try:
                 session.images.append(load_image(file))
-                read.append(file)
+                asked += [{"image": str(file), "prompt": prompt} for prompt in prompts]
             except UserError as error:
                 broken += 1
                 print(json.dumps({"image": str(file), "error": str(error)}), flush=True)
-        shown = {kind: [[x] for x in each for _ in prompts] for kind, each in session.shown().items()}
-        answers = model.generate_batch(ids * len(read), **shown, **session.options()) if read else []
-        for number, tokens in enumerate(answers):
+        if not asked:
+            continue
+        (kind, images), = session.shown().items()
+        shown = {kind: [[image] for image in images for _ in prompts]}
+        answers = model.generate_batch(ids * len(images), **shown, **session.options())
+        for line, tokens in zip(asked, answers):
             text = "".join(stream_text(model.tokenizer, tokens, tuple(session.args.stop)))
-            print(json.dumps({"image": str(read[number // len(prompts)]), "answer": text.strip(),
-                              "prompt": prompts[number % len(prompts)]}), flush=True)
+            print(json.dumps(line | {"answer": text.strip()}), flush=True)
     if broken:
         raise UserError(f"{broken} of {len(files)} pictures could not be read; their lines say why")
 

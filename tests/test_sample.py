@@ -90,7 +90,7 @@ def test_the_command_of_the_readme(place):
     (["--image", "0.png", "--attention", "map.png", "--attention-layers", "9-"], "2 layers look at the picture"),
     (["--image", "0.png", "--attention", "map.png", "--chat"], "--chat: not allowed with argument --attention"),
     (["--prompt", "hi", "--weights", "nowhere"], "nowhere/config.json: no such file"),
-    (["--image", "0.png", "--weights", "out/text"], "out/text has no image encoder"),
+    (["--image", "0.png", "--weights", "out/text"], "this model has no image encoder"),
     (["--prompt", "hi", "--device", "cuda:77"], "cuda:77: there is none here"), (["--jsonl", "--prompt", "hi"], "--jsonl answers for each"),
     (["--prompt", "caf\udce9"], "not UTF-8"), (["--image", "0.png", "--attention-layers", "1"], "give it a file"),
     (["--image", "x" * 300 + ".png"], "File name too long"), (["--image", "0.png", "--jsonl", "--stats"], "leave --jsonl out"),

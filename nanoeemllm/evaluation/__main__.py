@@ -41,7 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-tokens", type=positive(int), default=16384,
         help="tokens asked together: text, visual and new (16384)")
     add("--calibrate", action="store_true",
-        help="no scores: choose what the visual path prunes on these rows, and write it to --weights")
+        help="no scores: choose what the visual path prunes, and write it to --weights")
     add_model_flags(parser, required=True, help="model folder")
     return parser.parse_args(argv)
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None):
     args = parse(argv)
     config = read_config(args.weights)
     if config.vision is None:
-        raise UserError(f"{quoted(args.weights)} has no image encoder: give --weights a model that sees")
+        raise UserError(f"{quoted(args.weights)} has no image encoder: give another model")
     path = from_args(args, config)
     rank, world = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
     tsv = TSV(args.tsv, args.limit, args.images, quiet=rank > 0)
@@ -135,7 +135,8 @@ def report(name: str, records: list[dict], settings: dict, file: Path):
         if some:
             print(f"\n{len(some)} {what}:")
         for r in some[:10]:
-            print(f"  row {r['row']} (index {r['index']}):", r.get("bad") or repr(r["prediction"][:60]))
+            text = r["bad"] if "bad" in r else repr(r["prediction"][:60])
+            print(f"  row {r['row']} (index {r['index']}): {text}")
         if len(some) > 10:
             print(f"  ... and {len(some) - 10} more, see the predictions")
     results = result | {"settings": settings, "bad_rows": bad}

@@ -77,8 +77,8 @@ def draw_attention(file: Path, model, ids: list[int], images: list, answer: list
     Of a long answer the first words are drawn."""
     attention = attention_to_images(model, ids, images, answer)
     if not len(attention[layers]):
-        raise UserError(f"--attention-layers: {len(attention)} layers look at the picture, numbered "
-                        "from 0; none is among those asked for")
+        raise UserError(f"--attention-layers: {len(attention)} layers look at the picture, "
+                        "numbered from 0; none is among those asked for")
     heat = attention[layers].mean(0)                                            # (tokens, V)
     seen, grids = zip(*(as_seen(image, model.config.vision) for image in images))
     panels = [("as the model sees it", seen)]

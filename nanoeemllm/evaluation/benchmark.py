@@ -25,7 +25,8 @@ REFERENCE = 64                # a shorter "image" is the index of another row, a
 DETECT = {                    # a pattern of the file's name -> metric
     "mmbench|ccbench|circular": "circular", "(?<![a-z])mme(?![a-z])": "mme",
     "hallusion": "hallusion", "pope": "pope", "textvqa": "vqa",
-    "docvqa|infovqa|infographic": "anls", "chartqa(?!pro)": "relaxed", r"ocrbench(?!_?v\d)": "ocrbench"}
+    "docvqa|infovqa|infographic": "anls", "chartqa(?!pro)": "relaxed",
+    r"ocrbench(?!_?v\d)": "ocrbench"}
 
 
 def detect(name: str, columns: list[str]) -> str:
@@ -49,7 +50,7 @@ class TSV:
         records = self._records(0)
         _, names = next(records, (0, []))
         names = [name.strip() for name in names]
-        self.columns = ["" if name in ("row", "bad") else name for name in names]      # our own keys
+        self.columns = ["" if name in ("row", "bad") else name for name in names]    # our own keys
         has_image = "image" in names or "image_path" in names
         missing = [name for name in ("index", "question", "answer") if name not in names]
         missing += [] if has_image else ["image (or image_path)"]
@@ -58,7 +59,7 @@ class TSV:
                             f"{', '.join(names)[:200] or 'nothing'}")
         column = names.index("index")
         records = itertools.islice(records, limit)
-        for offset, cells in tqdm(records, "reading", unit="rows", leave=False, disable=quiet or None):
+        for offset, cells in tqdm(records, "reading", leave=False, disable=quiet or None):
             index = cells[column].strip() if len(cells) > column else ""
             self.first.setdefault(index, len(self))
             self.offsets.append(offset)

@@ -170,9 +170,9 @@ _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn
     mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
     she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's
     someone'd someone'd've someone'll someone's something'd something'd've something'll that's
-    there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
-    we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
-    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
+    there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't
+    we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd
+    who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
     y'all'd've you'd you'd've you'll you're you've""".split()
 _VQA_WORDS = {word: str(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten".split())}
@@ -265,8 +265,8 @@ MME = {"perception": ("existence", "count", "position", "color", "posters", "cel
 
 
 def mme(records: list[dict]) -> dict[str, float]:
-    """MME (Fu et al. 2023, section 2.2): a category's score, at most 200, is accuracy over questions
-    plus accuracy+ over pictures, both of whose two questions must be right."""
+    """MME (Fu et al. 2023, section 2.2): a category's score, at most 200, is accuracy over
+    questions plus accuracy+ over pictures, both of whose two questions must be right."""
     asked = Counter(r["picture"] for r in records)
     pairs = (r for r in records if asked[r["picture"]] > 1)
     plus, numbers = _percent_all_right(pairs, lambda r: r["picture"]), accuracy(records)
