@@ -156,7 +156,8 @@ def example(file: Path) -> Path:
 
 def newest_model(folder: Path) -> Path | None:
     """The last written model under the folder that sees pictures and is no stage's backbone."""
-    for file in sorted(folder.rglob("config.json"), key=os.path.getmtime, reverse=True):
+    found = filter(Path.is_file, folder.rglob("config.json"))
+    for file in sorted(found, key=os.path.getmtime, reverse=True):
         is_passed_over = re.search(r"(^|/)(\.|backbone)", file.relative_to(folder).as_posix())
         has_tokenizer = (file.parent / "tokenizer.json").is_file()
         if has_tokenizer and not is_passed_over and read_json(file).get("vision"):

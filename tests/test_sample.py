@@ -72,6 +72,8 @@ def test_the_command_of_the_readme(place):
     """The newest model with eyes that is no backbone describes the picture."""
     got = script(place, "--image", "0.png", "--max-new-tokens", "12")
     assert got.returncode == 0 and len(got.stdout.split()) > 2 and got.stderr == ""
+    (place / "out" / "gone").mkdir(exist_ok=True)
+    (place / "out" / "gone" / "config.json").symlink_to("nowhere")
     assert sample.newest_model(place / "out") == place / "out" / "finetune"
 
 
@@ -80,7 +82,7 @@ def test_the_command_of_the_readme(place):
     (["--image", "gone.png"], "gone.png: no such picture"), (["--image", "broken.png"], "broken.png: not a picture"),
     (["--image", "out/finetune/config.json"], "config.json: not a picture"), (["--image", "album"], "is a folder: add --jsonl"),
     (["--image", "0.png", "--image", "album/../0.png"], "named twice"),
-    (["--prompt", "hi", "--temperature", "-1"], "temperature is -1.0; it must be 0 or more"),
+    (["--prompt", "hi", "--temperature", "-1"], "temperature is -1.0; it must be from 0"),
     (["--prompt", "hi", "--top-p", "0"], "top-p is 0.0"), (["--prompt", "hi", "--max-new-tokens", "0"], "--max-new-tokens: '0' is no int over 0"),
     (["--prompt", "hi", "--max-new-tokens", "600"], "and 600 new ones do not fit the model's context of 512"),
     (["--prompt", "<image> <image> hi", "--image", "0.png"], r"holds 2 <image> but 1 picture\(s\)"),
@@ -94,7 +96,7 @@ def test_the_command_of_the_readme(place):
     (["--prompt", "hi", "--device", "cuda:77"], "cuda:77: there is none here"), (["--jsonl", "--prompt", "hi"], "--jsonl answers for each"),
     (["--prompt", "caf\udce9"], "not UTF-8"), (["--image", "0.png", "--attention-layers", "1"], "give it a file"),
     (["--image", "x" * 300 + ".png"], "File name too long"), (["--image", "0.png", "--jsonl", "--stats"], "leave --jsonl out"),
-    (["--prompt", "hi", "--seed", str(2 ** 70)], "up to 2,147,483,648"), (["--prompt", "hi", "--temperature", "inf"], "0 or more"),
+    (["--prompt", "hi", "--seed", str(2 ** 70)], "up to 2,147,483,648"), (["--prompt", "hi", "--temperature", "inf"], "from 0 to"),
     (["--image", "out", "--jsonl"], "no pictures in this folder"), (["--prompt", "hi", "--stop", ""], "stop string is empty")])
 def test_bad_input_is_one_clear_line(run, flags, what):
     with pytest.raises(UserError, match=what) as error:
@@ -124,6 +126,14 @@ def test_prompts_and_pictures(run):
     assert run("--prompt", "is there a cat?", "--weights", "out/text")[0].strip()
     word = one.split()[2]
     assert run("--image", "0.png", "--prompt", "what is it?", "--stop", word)[0].strip() == one.split(word)[0].strip()
+
+
+def test_sampling_at_the_edge_is_the_likeliest_token_or_refused(run):
+    likeliest = run("--image", "0.png")[0]
+    assert run("--image", "0.png", "--temperature", "1e-50")[0] == likeliest
+    assert run("--image", "0.png", "--temperature", "1", "--top-p", "1e-50")[0] == likeliest
+    with pytest.raises(UserError, match="repetition-penalty is 1e-50"):
+        run("--image", "0.png", "--repetition-penalty", "1e-50")
 
 
 def test_an_example_picture_by_its_name(place, run, monkeypatch, capfd):

@@ -66,7 +66,15 @@ def main(argv: list[str] | None = None):
                 "max_new_tokens": args.max_new_tokens, "dtype": args.dtype or "as stored"}
     name = args.tsv.stem + (f"-{args.visual_path}" if args.visual_path else "")
     folder = args.out or args.weights / "eval" / name
+    answer_rows(args, tsv, path, settings, folder, rank, world)
+    if rank == 0:
+        done = read_answers(folder, settings)
+        records = [done[i + 1] for i in range(len(tsv))]
+        report(args.tsv.name, records, settings, folder / "results.json")
 
+
+def answer_rows(args, tsv: TSV, path, settings: dict, folder: Path, rank: int, world: int):
+    """Asks what is not answered in the folder, each process its share of it."""
     done = read_answers(folder, settings)
     # what was bad may be mended by now
     todo = [i for i in range(len(tsv)) if "bad" in done.get(i + 1, {"bad": ""})]
@@ -75,21 +83,16 @@ def main(argv: list[str] | None = None):
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         dist.barrier()                                # all have read before one writes
-    todo = todo[rank::world]
-    if todo:
+    if todo := todo[rank::world]:
         model = load_model(args.weights, args.device, args.dtype, path)
-        records = answers(model, map(tsv.__getitem__, todo), metric, args.max_new_tokens,
-                          args.batch_tokens)
+        metric, rows = settings["metric"], map(tsv.__getitem__, todo)
+        records = answers(model, rows, metric, args.max_new_tokens, args.batch_tokens)
         records = write_answers(folder / f"predictions-{rank}.jsonl", settings, records)
         for _ in tqdm(records, f"{args.tsv.stem} ({metric})", len(todo), disable=rank > 0 or None):
             pass
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    if rank == 0:
-        done = read_answers(folder, settings)
-        records = [done[i + 1] for i in range(len(tsv))]
-        report(args.tsv.name, records, settings, folder / "results.json")
 
 
 def calibrate(args, config, path, tsv: TSV, metric: str):
@@ -145,4 +148,4 @@ def report(name: str, records: list[dict], settings: dict, file: Path):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, goes_on=True)                   # results are written, whoever reads the output
