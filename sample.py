@@ -1,10 +1,10 @@
 """Asks a model about pictures.
 
-    python sample.py --image nanoeemllm/assets/cat.png            the newest model under out/ describes it
-    python sample.py --image a.png --prompt "..." --prompt "..."  the second answer does not read the picture again
-    python sample.py --image a.png --image b.png --prompt "..."   several pictures; <image> in the prompt places them
-    python sample.py --image a.png --chat                         a conversation: /image FILE, /reset, Ctrl-C, Ctrl-D
-    python sample.py --image a.png --attention map.png            where it looks while it says each word
+    python sample.py --image cat.png                              the newest model describes it
+    python sample.py --image a.png --prompt "..." --prompt "..."  the picture is encoded once
+    python sample.py --image a.png --image b.png --prompt "..."   <image> in the prompt places them
+    python sample.py --image a.png --chat                         /image FILE, /reset, Ctrl-C and -D
+    python sample.py --image a.png --attention map.png            where it looks, word by word
     python sample.py --image FOLDER --jsonl                       a line of JSON a picture
 """
 
@@ -16,182 +16,203 @@ import re
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from nanoeemllm.attention_map import draw_attention
-from nanoeemllm.checkpoint import load, read_json
-from nanoeemllm.command_line import (Parser, add_visual_path_flags, device_from, positive, run_command,
-                                     visual_path_from)
-from nanoeemllm.config import ModelConfig, UserError
-from nanoeemllm.generation import Sampling, stream_text
-from nanoeemllm.image import load_image
+import nanoeemllm
+from nanoeemllm.border.command import Parser, positive, run_command
+from nanoeemllm.border.files import quoted, read_json
+from nanoeemllm.config import UserError
+from nanoeemllm.data.images import load_image
+from nanoeemllm.evaluation.attention_map import draw_attention
+from nanoeemllm.evaluation.load import add_model_flags, load_model
+from nanoeemllm.generate import Sampling, stream_text
+from nanoeemllm.paths import from_args
 from nanoeemllm.prompt import IMAGE_TEXT, TEMPLATES, encode_prompt
-from nanoeemllm.visual_path import CompositePath
+from nanoeemllm.weights.folder import read_config
 
-DEFAULT_PROMPT = "describe the picture thing by thing."      # a sentence of the tiny world; others understand it too
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")        # what a folder is searched for
-AT_ONCE = 16                                                 # pictures that --jsonl reads together
+DEFAULT_PROMPT = "describe the picture thing by thing."     # the tiny world's; others know it too
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ASSETS = Path(nanoeemllm.__file__).parent / "assets"
+MODELS = (Path("out"), Path(__file__).parent / "out")       # where a model is looked for, in turn
+BATCH = 16                                                  # pictures that --jsonl asks at once
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
+    add_model_flags(parser, help="model folder (the newest under out/)")
     add = parser.add_argument
-    add("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; give it again for more")
-    add("--prompt", action="append", default=[], help=f'what to ask; give it again for more ("{DEFAULT_PROMPT}")')
-    add("--weights", type=Path, metavar="DIR", help="model folder (the newest under out/)")
-    add("--chat-template", choices=[name for name in TEMPLATES if name != "plain"], help="how a conversation is written down (the model's own)")
-    add("--chat", action="store_true", help="read questions from stdin, remember what was said")
-    add("--jsonl", action="store_true", help="each picture for itself, a line of JSON for each; folders are searched")
-    add("--attention", type=Path, metavar="PNG", help="draw where the model looks while it says each word")
-    add("--attention-layers", metavar="A-B", help="layers whose attention is drawn (all that see the picture)")
-    add("--stats", action="store_true", help="time to first token, tokens/s and memory, on stderr")
-    add("--device", help="cuda, mps or cpu (the first there is)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(bfloat16 on a GPU, else as stored)")
+    add("--image", type=Path, action="append", default=[], metavar="FILE",
+        help="a picture; give it again for more")
+    add("--prompt", type=utf8, action="append", default=[],
+        help=f'what to ask; give it again for more ("{DEFAULT_PROMPT}")')
+    add("--chat-template", choices=[name for name in TEMPLATES if name != "plain"],
+        help="how a conversation is written down (the model's own)")
+    add("--attention-layers", type=layers, metavar="A-B", help="layers it draws (all)")
+    add("--stats", action="store_true", help="time to first token, tokens/s, memory, on stderr")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--chat", action="store_true", help="read questions from stdin, remember the conversation")
+    add("--jsonl", action="store_true", help="a line of JSON a picture; folders are searched")
+    add("--attention", type=Path, metavar="PNG", help="draw where the model looks for each word")
     add = parser.add_argument_group("how the next token is chosen").add_argument
     add("--max-new-tokens", type=positive(int), default=256)
-    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens (0: all)")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that reach this probability (1)")
-    add("--min-p", type=float, default=0.0, help="leave out tokens under this part of the likeliest's probability (0)")
-    add("--repetition-penalty", type=float, default=1.0, help="over 1 says the same less often (1)")
-    add("--seed", type=positive(int, or_zero=True), default=0)
-    add_visual_path_flags(parser)
+    add("--stop", type=utf8, action="append", default=[], metavar="TEXT",
+        help="end the answer before this text")
+    add("--seed", type=positive(int, or_zero=True, most=2 ** 31), default=0)
+    for name, default, text in (
+            ("temperature", 0.0, "0 takes the likeliest token (0)"),
+            ("top-k", 0, "sample from the k likeliest tokens (0: all)"),
+            ("top-p", 1.0, "from the likeliest that reach probability p (1)"),
+            ("min-p", 0.0, "from those with at least p times the likeliest's probability (0)"),
+            ("repetition-penalty", 1.0, "over 1 repeats less (1)")):
+        add("--" + name, type=type(default), default=default, help=text)
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None):
-    args = parse(argv)
-    check(args)
-    speaker = Speaker(load_model(args), args)
-    if args.jsonl:
-        answer_each(speaker)
-    elif args.chat:
-        chat(speaker)
-    else:
-        answer(speaker)
-
-
-def check(args):
-    """What can be said before anything is loaded; sampling, layers and pictures as they will be used."""
-    args.sampling = {option.name: getattr(args, option.name) for option in dataclasses.fields(Sampling)}
-    Sampling(**args.sampling)                                # raises what is wrong with them
-    if any(not text.strip() for text in args.prompt):
-        raise UserError("--prompt is empty: ask something")
-    if not args.prompt and not args.image and not args.chat:
-        raise UserError("nothing to answer: name a picture with --image, or ask something with --prompt")
+def utf8(text: str) -> str:
+    """A flag's text, whatever the locale."""
     try:
-        "".join(args.prompt).encode()
-    except UnicodeEncodeError:
-        raise UserError("--prompt is not UTF-8 text") from None
-    if args.stats and args.jsonl:
-        raise UserError("--stats times one answer after another: leave --jsonl out")
-    if args.attention_layers and args.attention is None:
-        raise UserError("--attention-layers says what --attention draws: give it a file")
-    if args.chat + args.jsonl + (args.attention is not None) > 1:
-        raise UserError("--chat, --jsonl and --attention do not go together: give one of them")
-    if args.chat and sys.stdin is None:
-        raise UserError("--chat reads questions from stdin, which is closed: ask with --prompt instead")
-    if args.jsonl and not args.image:
-        raise UserError("--jsonl answers for each picture: name pictures or a folder of them with --image")
-    if args.attention is not None and not args.image:
-        raise UserError("--attention shows where the model looks in a picture: name one with --image")
-    if args.attention is not None and len(args.prompt) > 1:
-        raise UserError("--attention draws one answer: give one --prompt")
-    if args.attention is not None and (args.attention.is_dir() or not args.attention.absolute().parent.is_dir()):
-        raise UserError(f"--attention {args.attention}: give a file in a folder that exists")
-    args.attention_layers = layers(args.attention_layers)
-    try:
-        args.image = [found for file in args.image for found in (search(file) if args.jsonl else [file])]
-        named = Counter(file.resolve() for file in args.image)
-        folders = [file for file in named if file.is_dir()]
-    except (OSError, RuntimeError) as error:                 # too long a name, or a link in a circle
-        raise UserError(f"--image: {error}") from None
-    if named and max(named.values()) > 1:
-        raise UserError(f"{max(named, key=named.get)}: this picture is named twice; name it once")
-    if folders:
-        raise UserError(f"{folders[0]} is a folder: add --jsonl for a line of JSON a picture")
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise UserError(f"{text!r} is not UTF-8 text") from None
 
 
-def search(file: Path) -> list[Path]:
-    """The pictures in a folder, by name; a file is itself."""
-    if not file.is_dir():
-        return [file]
-    found = sorted(inside for inside in file.iterdir() if inside.suffix.lower() in PICTURES)
-    if not found:
-        raise UserError(f"{file}: no pictures in this folder ({', '.join(PICTURES)})")
-    return found
-
-
-def layers(text: str | None) -> slice:
-    """"8-15", "8-", "8" or nothing, for all."""
-    if text is None:
-        return slice(None)
-    found = re.fullmatch(r"(\d+)(-?)(\d*)", text, re.ASCII)
+def layers(text: str) -> slice:
+    """"8-15", "8-" or "8"""
+    found = re.fullmatch(r"(\d{1,4})(-?)(\d{0,4})", text, re.ASCII)
     if not found:
         raise UserError(f"--attention-layers {text!r}: give a layer or a range, as in 8-15")
     first, dash, last = found.groups()
     return slice(int(first), int(last or first) + 1 if last or not dash else None)
 
 
+def main(argv: list[str] | None = None):
+    args = parse(argv)
+    check(args)
+    session = ChatSession(open_model(args), args)
+    if args.jsonl:
+        answer_each(session)
+    elif args.chat:
+        chat(session)
+    else:
+        answer(session)
+
+
+def check(args):
+    """Refuses what can be refused before the model is loaded; sets what follows from the flags."""
+    names = [option.name for option in dataclasses.fields(Sampling)]
+    args.sampling = {name: getattr(args, name) for name in names}
+    Sampling(**args.sampling)                               # raises UserError
+    file = args.attention
+    for is_wrong, message in (
+            (not all(map(str.strip, args.prompt)), "--prompt is empty: ask something"),
+            (not (args.prompt or args.image or args.chat),
+             "nothing to answer: name a picture with --image, or ask something with --prompt"),
+            (args.stats and args.jsonl,
+             "--stats times one answer after another: leave --jsonl out"),
+            (args.chat and sys.stdin is None,
+             "--chat reads questions from stdin, which is closed: ask with --prompt instead"),
+            (args.jsonl and not args.image,
+             "--jsonl answers for each picture: name pictures or a folder of them with --image"),
+            (args.attention_layers and not file,
+             "--attention-layers says what --attention draws: give it a file"),
+            (file and not args.image,
+             "--attention shows where the model looks in a picture: name one with --image"),
+            (file and len(args.prompt) > 1, "--attention draws one answer: give one --prompt"),
+            (file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or ".")),
+             f"--attention {file}: give a file in a folder that exists")):
+        if is_wrong:
+            raise UserError(message)
+    images, args.image, seen = args.image, [], set()
+    for file in images:
+        args.image += search(file) if args.jsonl and os.path.isdir(file) else [example(file)]
+    for file in map(os.path.realpath, args.image):
+        if os.path.isdir(file):
+            raise UserError(f"{quoted(file)} is a folder: add --jsonl for a line of JSON a picture")
+        if file in seen:
+            raise UserError(f"{quoted(file)}: this picture is named twice; name it once")
+        seen.add(file)
+
+
+def search(folder: Path) -> list[Path]:
+    """The pictures in a folder, by name."""
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
+    if not found:
+        raise UserError(f"{quoted(folder)}: no pictures in this folder ({', '.join(PICTURES)})")
+    return found
+
+
+def example(file: Path) -> Path:
+    """A bare name that is no file here may be one of the package's own pictures."""
+    if os.path.exists(file) or file not in map(Path, os.listdir(ASSETS)):
+        return file
+    print(f"{file} is no file here: taking the example {ASSETS / file}", file=sys.stderr)
+    return ASSETS / file
+
+
 # ---- the model ----
 
-def newest_model(out: Path) -> Path:
-    """The last written folder under `out` that holds a whole model, encoder and all, and is no stage's backbone."""
-    found = [file for file in out.rglob("config.json") if (file.parent / "tokenizer.json").is_file()
-             and not any(part.startswith((".", "backbone")) for part in file.relative_to(out).parts)]
-    for file in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
-        if read_json(file).get("vision"):
+def newest_model(folder: Path) -> Path | None:
+    """The last written model under the folder that sees pictures and is no stage's backbone."""
+    found = filter(Path.is_file, folder.rglob("config.json"))
+    for file in sorted(found, key=os.path.getmtime, reverse=True):
+        is_passed_over = re.search(r"(^|/)(\.|backbone)", file.relative_to(folder).as_posix())
+        has_tokenizer = (file.parent / "tokenizer.json").is_file()
+        if has_tokenizer and not is_passed_over and read_json(file).get("vision"):
             return file.parent
-    raise UserError(f"no trained model under {out}/: make one with `python train.py`, or name a folder with --weights")
+    return None
 
 
-def load_model(args):
-    folder = args.weights or newest_model(Path("out"))
-    config = ModelConfig.from_dict(read_json(folder / "config.json"))
-    if args.image and config.vision is None:
-        raise UserError(f"{folder} has no image encoder: leave --image out, or name another model with --weights")
-    device = device_from(args.device)
-    dtype = getattr(torch, args.dtype) if args.dtype else torch.bfloat16 if device.startswith("cuda") else None
-    model = load(folder, device, dtype, visual_path_from(args, config.visual_path)).eval()
-    if device == "cpu" and args.dtype is None and model.dtype == torch.float16:
-        model.float()                                        # CPUs have no fast float16
+def open_model(args):
+    folder = args.weights or next(filter(None, map(newest_model, MODELS)), None)
+    if folder is None:
+        raise UserError("no trained model under out/: make one with `python train.py`, or name a "
+                        "folder with --weights")
+    path = from_args(args, read_config(folder))
+    model = load_model(folder, args.device, args.dtype, path)
     if args.chat_template:
         model.config = dataclasses.replace(model.config, chat_template=args.chat_template)
     return model
 
 
-class Speaker:
-    """A model, the pictures it is shown, and how it is to answer. Where the visual path allows it, a picture is read
-    once for all questions."""
+class ChatSession:
+    """A model and the images that it is asked about. Where the visual path allows it, an image is
+    encoded once for all questions."""
 
     def __init__(self, model, args):
         self.model, self.args = model, args
-        self.keeps = isinstance(model.decoder.path, CompositePath)
-        self.images, self.pictures = [], []                  # pictures: what was seen of the images, if it is kept
+        self.images, self.image_kv = [], []                 # image_kv: of the first of the images
 
     def ids(self, turns: str | list[dict]) -> list[int]:
         return encode_prompt(self.model.tokenizer, turns, self.model.config.chat_template)
 
-    def say(self, ids: list[int]) -> tuple[str, list[int]]:
-        """Prints an answer as it is made -> the text and its tokens. Ctrl-C leaves what there is on a line of its own;
-        it ends a program that does not chat."""
-        text, tokens, times, begin = "", [], [], time.perf_counter()
-        stop = tuple(self.args.stop)
+    def shown(self) -> dict:
+        """The images as arguments of model.generate."""
+        if not self.model.config.visual_path.images_are_reusable:
+            return {"images": self.images}
+        if new := self.images[len(self.image_kv):]:
+            self.image_kv += self.model.encode_images(new)
+        return {"image_kv": self.image_kv}
 
-        def made():
-            for token in self.model.generate(ids, max_new_tokens=self.args.max_new_tokens, stop_strings=stop,
-                                             **self.shown(), **self.args.sampling):
+    def options(self) -> dict:
+        return {"max_new_tokens": self.args.max_new_tokens, "stop_strings": tuple(self.args.stop),
+                **self.args.sampling}
+
+    def answer(self, ids: list[int]) -> tuple[str, list[int]]:
+        """Prints an answer as it is generated -> its text and tokens. Ctrl-C ends the answer; in a
+        chat the program goes on."""
+        text, tokens, times = "", [], [time.perf_counter()]
+
+        def generate() -> Iterator[int]:
+            for token in self.model.generate(ids, **self.shown(), **self.options()):
                 tokens.append(token)
                 times.append(time.perf_counter())
                 yield token
 
         try:
-            for piece in stream_text(self.model.tokenizer, made(), stop):
+            for piece in stream_text(self.model.tokenizer, generate(), tuple(self.args.stop)):
                 text += piece
                 print(piece, end="", flush=True)
             print(flush=True)
@@ -199,124 +220,112 @@ class Speaker:
             print(flush=True)
             if not self.args.chat:
                 raise
-        if self.args.stats and times:
-            more = len(times) - 1
-            rate = f"{more / (times[-1] - times[0]):.1f} tokens/s after it" if more else "no other"
-            print(f"first token after {times[0] - begin:.3f} s, {rate}, {len(times)} tokens, {peak_memory()}",
-                  file=sys.stderr)
+        if self.args.stats and tokens:
+            begin, first, *rest = times
+            rate = f"{len(rest) / (rest[-1] - first):.1f} tokens/s after it" if rest else "no other"
+            print(f"first token after {first - begin:.3f} s, {rate}, {len(tokens)} tokens, "
+                  f"{peak_memory()}", file=sys.stderr)
         return text, tokens
-
-    def shown(self) -> dict:
-        """What the model is given: pictures that were seen, or images that it has to see."""
-        if not self.keeps:
-            return {"images": self.images}
-        if new := self.images[len(self.pictures):]:
-            self.pictures += self.model.see(new)
-        return {"pictures": self.pictures}
 
 
 def peak_memory() -> str:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory at most"
-    unit = 1 if sys.platform == "darwin" else 1024           # of ru_maxrss
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory at most"
+    unit = 1 if sys.platform == "darwin" else 1024          # of ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{peak / 1e9:.2f} GB of memory at most"
 
 
-# ---- the three ways to ask ----
+# ---- three ways to ask ----
 
-def answer(speaker: Speaker):
-    args = speaker.args
-    speaker.images = [load_image(file) for file in args.image]
+def answer(session: ChatSession):
+    args = session.args
+    session.images = list(map(load_image, args.image))
     prompts = args.prompt or [DEFAULT_PROMPT]
     for prompt in prompts:
         if len(prompts) > 1:
             print(f"> {prompt}")
-        ids = speaker.ids(place_pictures(prompt, len(speaker.images)))
-        _, tokens = speaker.say(ids)
+        ids = session.ids(place_images(prompt, len(session.images)))
+        _, tokens = session.answer(ids)
     if args.attention is not None and tokens:
-        draw_attention(args.attention, speaker.model, ids, speaker.images, tokens, args.attention_layers)
+        draw_attention(args.attention, session.model, ids, session.images, tokens,
+                       args.attention_layers or slice(None))
 
 
-def place_pictures(prompt: str, pictures: int) -> str:
-    """The prompt with an <image> for every picture: where it says, or else in front."""
+def place_images(prompt: str, images: int) -> str:
+    """The prompt with an <image> for every image: where it says, or else in front."""
     placed = prompt.count(IMAGE_TEXT)
-    if placed not in (0, pictures):
-        raise UserError(f"the prompt holds {placed} <image> but {pictures} picture(s) are named: give one --image for "
-                        "each")
-    return prompt if placed else (IMAGE_TEXT + "\n") * pictures + prompt
+    if placed not in (0, images):
+        raise UserError(f"the prompt holds {placed} <image> but {images} picture(s) are named: "
+                        "give one --image for each")
+    return prompt if placed else (IMAGE_TEXT + "\n") * images + prompt
 
 
-def chat(speaker: Speaker):
-    """Questions of --prompt first, then a line of stdin a question. What goes wrong in one leaves the others be."""
-    speaker.images = [load_image(file) for file in speaker.args.image]
-    turns, asked_about, line = [], 0, None                   # asked_about: pictures that stand in the turns
-    for line in questions(speaker.args.prompt):
+def chat(session: ChatSession):
+    """Questions of --prompt first, then a line of stdin a question. An error ends the question."""
+    session.images = list(map(load_image, session.args.image))
+    turns, placed, line = [], 0, None                       # placed: images that stand in the turns
+    for line in questions(session.args.prompt):
+        command, _, rest = line.partition(" ")
         try:
-            command, _, rest = line.partition(" ")
             if command == "/reset":
-                turns, asked_about, speaker.images, speaker.pictures = [], 0, [], []
-            elif command == "/image" and speaker.model.config.vision is None:
-                raise UserError("this model has no image encoder: it reads text alone")
+                turns, placed, session.images, session.image_kv = [], 0, [], []
             elif command == "/image":
-                speaker.images.append(load_image(Path(os.path.expanduser(rest.strip()))))
+                session.images.append(load_image(example(Path(os.path.expanduser(rest.strip())))))
             elif line.startswith("/"):
-                raise UserError(f"{command} is not known; known: /image FILE, /reset, and Ctrl-D to end")
+                raise UserError(f"{command} is not known; known: /image FILE, /reset, and Ctrl-D "
+                                "to end")
             elif line:
-                asked = {"from": "human", "value": place_pictures(line, len(speaker.images) - asked_about)}
-                try:
-                    said, _ = speaker.say(speaker.ids([*turns, asked]))
-                except UserError:                            # the next question must not fail for the same pictures
-                    del speaker.images[asked_about:], speaker.pictures[asked_about:]
-                    raise
+                text = place_images(line, len(session.images) - placed)
+                asked = {"from": "human", "value": text}
+                said, _ = session.answer(session.ids([*turns, asked]))
                 turns += [asked, {"from": "gpt", "value": said.replace(IMAGE_TEXT, "").strip()}]
-                asked_about = len(speaker.images)
+                placed = len(session.images)
         except UserError as error:
+            if not line.startswith("/"):                    # or the next question would fail, too
+                del session.images[placed:], session.image_kv[placed:]
             print(f"error: {error}", file=sys.stderr)
     if line is None:
-        raise UserError("--chat reads questions from stdin, which is at its end: ask with --prompt instead")
+        raise UserError("--chat reads questions from stdin, which is at its end: ask with --prompt")
 
 
 def questions(prompts: list[str]) -> Iterator[str]:
     yield from prompts
     typed = sys.stdin.isatty()
-    try:
-        while True:
-            try:
-                yield input("> " if typed else "").strip().encode(errors="replace").decode()
-            except UnicodeDecodeError:
-                print("error: a line that is not UTF-8 text", file=sys.stderr)
-    except EOFError:
-        if typed:
-            print()
+    while True:
+        try:
+            yield os.fsencode(input("> " if typed else "").strip()).decode(errors="replace")
+        except UnicodeDecodeError:
+            print("error: a line that is not UTF-8 text", file=sys.stderr)
+        except EOFError:
+            print(end="\n" if typed else "")
+            return
 
 
-def answer_each(speaker: Speaker):
-    """AT_ONCE pictures at a time, with every prompt each. A picture that cannot be read gets a line that says so."""
-    model, args = speaker.model, speaker.args
-    prompts, stop, broken = args.prompt or [DEFAULT_PROMPT], tuple(args.stop), 0
-    ids = [speaker.ids(place_pictures(prompt, 1)) for prompt in prompts]
-    for first in range(0, len(args.image), AT_ONCE):
-        files, speaker.images, speaker.pictures = [], [], []
-        for file in args.image[first:first + AT_ONCE]:
+def answer_each(session: ChatSession):
+    """BATCH pictures at a time, with every prompt each."""
+    model, files, broken = session.model, session.args.image, 0
+    prompts = session.args.prompt or [DEFAULT_PROMPT]
+    ids = [session.ids(place_images(prompt, 1)) for prompt in prompts]
+    for first in range(0, len(files), BATCH):
+        asked, session.images, session.image_kv = [], [], []
+        for file in files[first:first + BATCH]:
             try:
-                speaker.images.append(load_image(file))
-                files.append(file)
+                session.images.append(load_image(file))
+                asked += [{"image": str(file), "prompt": prompt} for prompt in prompts]
             except UserError as error:
                 broken += 1
                 print(json.dumps({"image": str(file), "error": str(error)}), flush=True)
-        if not files:
+        if not asked:
             continue
-        shown = {kind: [[x] for x in each for _ in prompts] for kind, each in speaker.shown().items()}
-        answers = model.generate_batch(ids * len(files), max_new_tokens=args.max_new_tokens, stop_strings=stop, **shown,
-                                       **args.sampling)
-        asked = [(file, prompt) for file in files for prompt in prompts]
-        for (file, prompt), tokens in zip(asked, answers):
-            text = "".join(stream_text(model.tokenizer, tokens, stop))
-            line = {"image": str(file), "prompt": prompt, "answer": text.strip()}
-            line = json.dumps(line, ensure_ascii=False)
-            print(line.encode(errors="backslashreplace").decode(), flush=True)         # a name that is not UTF-8
+        (kind, images), = session.shown().items()
+        shown = {kind: [[image] for image in images for _ in prompts]}
+        answers = model.generate_batch(ids * len(images), **shown, **session.options())
+        for line, tokens in zip(asked, answers):
+            text = "".join(stream_text(model.tokenizer, tokens, tuple(session.args.stop)))
+            print(json.dumps(line | {"answer": text.strip()}), flush=True)
     if broken:
-        raise UserError(f"{broken} of {len(args.image)} pictures could not be read; their lines say why")
+        raise UserError(f"{broken} of {len(files)} pictures could not be read; their lines say why")
 
 
 if __name__ == "__main__":

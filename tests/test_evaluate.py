@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -13,12 +14,15 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from nanoeemllm import evaluate
-from nanoeemllm.benchmark import TSV, as_list, detect, read_answers, write_answers
 from nanoeemllm.config import IMAGE_TOKEN, LlamaConfig, ModelConfig, UserError, VisionConfig
-from nanoeemllm.evaluate import answers, evaluate_rows, prompt_of, table
+from nanoeemllm.evaluation import __main__ as command
+from nanoeemllm.evaluation import evaluate_rows, summarize, table
+from nanoeemllm.evaluation.benchmark import TSV, as_list, detect, read_answers, write_answers
+from nanoeemllm.evaluation.questions import answers, prepare, prompt_of
+from nanoeemllm.paths import PATHS
 from nanoeemllm.prompt import Tokenizer
-from nanoeemllm.toy_report import compare, majority, shuffled
+from nanoeemllm.toy.report import compare, majority, shuffled
+from nanoeemllm.weights.folder import read_config
 
 CONFIG = ModelConfig(LlamaConfig(vocab_size=258, max_position_embeddings=600), VisionConfig(image_size=28))
 
@@ -109,7 +113,7 @@ def test_lines_of_many_megabytes_are_never_all_in_memory(tmp_path):
 
 
 def test_a_quote_that_is_never_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanoeemllm.benchmark.MAX_RECORD", 2000)
+    monkeypatch.setattr("nanoeemllm.evaluation.benchmark.MAX_RECORD", 2000)
     path = choices(tmp_path / "t.tsv", 3)
     path.write_text(path.read_text() + '3\t"' + "x\n" * 2000)
     with pytest.raises(UserError, match="is a quote opened there"):
@@ -185,8 +189,8 @@ def test_rows_in_memory():
 def test_batches_are_filled_by_cost():
     model = FakeModel(lambda text, images: "x")
     rows = [{"image": picture(), "question": "q" * (10 * i), "answer": "x"} for i in range(1, 9)]
-    tokens = [evaluate.prepare(model, row | {"index": "0"}, "exact", 5).tokens for row in rows]
-    assert tokens[0] == len(model.tokenizer.decode(evaluate.prepare(model, rows[0], "exact", 5).ids)) + 1 + 4 + 5
+    tokens = [prepare(model, row | {"index": "0"}, "exact", 5).tokens for row in rows]
+    assert tokens[0] == len(model.tokenizer.decode(prepare(model, rows[0], "exact", 5).ids)) + 1 + 4 + 5
     assert len(list(answers(model, rows, "exact", 5, batch_tokens=800))) == 8
     assert [len(ids) for batch in model.batches for ids in batch] == [n - 4 - 5 + 1 for n in tokens]    # in order, all
     sums = [sum(len(ids) + 8 for ids in batch) for batch in model.batches]
@@ -212,7 +216,7 @@ def test_bad_rows_are_named_counted_and_left_out(tmp_path):
     assert [r["row"] for r in records] == list(range(1, 14))
     assert all(reason in r.get("bad", "") for r, reason in zip(records, reasons))
     assert [i for i, r in enumerate(records) if "bad" not in r] == [0, 11, 12] and "bad" in records[2]
-    result = evaluate.summarize("multiple-choice", records)
+    result = summarize("multiple-choice", records)
     assert (result["rows"], result["bad"], result["unread"]) == (3, 10, 1)
     assert result["overall"]["accuracy"] == pytest.approx(100 / 3)
 
@@ -263,12 +267,12 @@ def weights(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG.to_dict()))
     model = FakeModel(lambda text, images: "A")
-    monkeypatch.setattr(evaluate, "open_model", lambda *args: model)
+    monkeypatch.setattr(command, "load_model", lambda *args: model)
     return folder, model
 
 
 def run(weights, tsv, *more):
-    evaluate.main(["--weights", str(weights), "--tsv", str(tsv), "--max-new-tokens", "16", *more])
+    command.main(["--weights", str(weights), "--tsv", str(tsv), "--max-new-tokens", "16", *more])
 
 
 def test_an_interrupted_run_goes_on(tmp_path, weights, monkeypatch, capsys):
@@ -340,12 +344,12 @@ def test_circular_evaluation_of_a_file(tmp_path, weights, capsys):
 def test_the_whole_command_on_a_real_model_split_over_processes(tmp_path):
     """A tiny model of random weights answers the tiny world's file: two processes say what one says."""
     import torch
-    from nanoeemllm.checkpoint import save
+    from nanoeemllm.weights.folder import save
     from nanoeemllm.config import PRESETS
     from nanoeemllm.model import EEMLLM
-    from nanoeemllm.toy import WorldConfig, export_tsv
+    from nanoeemllm.toy.world import WorldConfig, export_tsv
     config, tokenizer = PRESETS["tiny"], byte_tokenizer()
-    config = ModelConfig.from_dict(config.to_dict() | {"llama": config.to_dict()["llama"] | {"vocab_size": 258}})
+    config = dataclasses.replace(config, llama=dataclasses.replace(config.llama, vocab_size=258))
     torch.manual_seed(0)
     model = EEMLLM(config, tokenizer)
     model.initialize()
@@ -353,9 +357,9 @@ def test_the_whole_command_on_a_real_model_split_over_processes(tmp_path):
     export_tsv(WorldConfig(), tmp_path / "world.tsv", 9)
     flags = ["--weights", str(tmp_path / "model"), "--tsv", str(tmp_path / "world.tsv"), "--max-new-tokens", "4",
              "--batch-tokens", "600", "--device", "cpu", "--out"]
-    evaluate.main([*flags, str(tmp_path / "1")])
+    command.main([*flags, str(tmp_path / "1")])
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-                           "nanoeemllm.evaluate", *flags, str(tmp_path / "2")], capture_output=True, text=True,
+                           "nanoeemllm.evaluation", *flags, str(tmp_path / "2")], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "exact over 9 of 9 rows" in done.stdout
@@ -400,3 +404,105 @@ def test_a_byte_order_mark_before_a_quoted_header(tmp_path):
     tsv = write_tsv(tmp_path / "t.tsv", COLUMNS, [[0, encoded(), "Which?", "red", "blue", "", "A", "hue"]], csv.QUOTE_ALL)
     tsv.write_bytes(b"\xef\xbb\xbf" + tsv.read_bytes())
     assert TSV(tsv, quiet=True)[0]["answer"] == "A"
+
+
+# ---- what comes from outside ----
+
+GOOD = {"row": 1, "index": "0", "question": "q", "answer": ["A"], "prediction": "A", "score": 1.0, "read": "A",
+        "options": 2}
+
+
+@pytest.mark.parametrize("record", [
+    [], 7, "text", None, {}, {"row": 1}, {"row": 1, "bad": 3, "index": "0"}, GOOD | {"row": "1"}, GOOD | {"row": True},
+    GOOD | {"score": "x"}, GOOD | {"score": float("nan")}, GOOD | {"score": 1e999}, GOOD | {"score": 2}, GOOD | {"score": None},
+    GOOD | {"index": 3}, GOOD | {"answer": 3}, GOOD | {"answer": [3]}, GOOD | {"prediction": ["A"]}, GOOD | {"category": 3},
+    GOOD | {"index": "x"}, GOOD | {"options": "x"}, GOOD | {"index": "9" * 5000}, GOOD | {"options": [1]}],
+    ids=lambda record: str(record)[:60])
+def test_odd_records_are_refused_in_one_line(tmp_path, record):
+    settings = {"metric": "circular"}
+    (tmp_path / "predictions-0.jsonl").write_text(f"{json.dumps(settings)}\n{json.dumps(record)}\n")
+    with pytest.raises(UserError, match="predictions-0.jsonl is damaged .*remove it") as error:
+        read_answers(tmp_path, settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "7", "[]", '"x"', "{", "\0", '{"a": ' * 50_000, "null"],
+                         ids=lambda line: line[:4])
+def test_odd_lines_are_refused_in_one_line(tmp_path, line):
+    for lines in ([line], ['{"metric": "exact"}', line]):
+        (tmp_path / "predictions-0.jsonl").write_text("\n".join(lines) + "\n")
+        with pytest.raises(UserError, match="predictions-0.jsonl (is damaged|was made with)"):
+            read_answers(tmp_path, {"metric": "exact"})
+
+
+def test_special_files_are_refused_unopened(tmp_path, weights):
+    folder, _ = weights
+    tsv, out = choices(tmp_path / "Choices.tsv"), tmp_path / "out"
+    out.mkdir()
+    os.mkfifo(out / "predictions-0.jsonl")
+    os.mkfifo(tmp_path / "fifo.tsv")
+    for file, flags in ((tsv, ["--out", str(out)]), (tmp_path / "fifo.tsv", []), ("/dev/zero", [])):
+        with pytest.raises(UserError, match="is not a regular file"):
+            run(folder, file, *flags)
+    with pytest.raises(UserError, match="is a folder, not a file"):
+        run(folder, tmp_path)
+    (folder / "eval" / "Choices" / "results.json").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write .*results.json"):
+        run(folder, tsv)
+
+
+def test_image_paths_stay_in_their_folder(tmp_path):
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere" / "deep"
+    images.mkdir()
+    elsewhere.mkdir(parents=True)
+    for file in (tmp_path / "secret.png", tmp_path / "elsewhere" / "secret.png", images / "mine.png"):
+        picture().save(file)
+    (images / "link").symlink_to(elsewhere)
+    names = ["../secret.png", str(tmp_path / "secret.png"), "link/../secret.png", "['mine.png', '../secret.png']",
+             "x" * 300, "a\0b", "link/../../images/mine.png", "mine.png"]
+    rows = [[i, name, "q", "1"] for i, name in enumerate(names)]
+    tsv = TSV(write_tsv(tmp_path / "t.tsv", ("index", "image_path", "question", "answer"), rows), images=images)
+    found = list(answers(FakeModel(lambda text, images: "1"), (tsv[i] for i in range(len(tsv))), "exact"))
+    bad = {record["row"]: record["bad"] for record in found if "bad" in record}
+    assert set(bad) == {1, 2, 3, 4, 5, 6} and all("is outside of" in bad[row] for row in (1, 2, 3, 4))
+
+
+def test_calibration_writes_what_the_visual_path_chose(tmp_path, weights, monkeypatch, capsys):
+    folder, model = weights
+    rows = [[i, encoded() if i else "", "Which?", "red", "blue", "", "A", "hue"] for i in range(3)]
+    tsv, seen = write_tsv(tmp_path / "Choices.tsv", COLUMNS, rows), []
+
+    def calibrate(path, model, prompts):
+        seen.extend((ids.count(IMAGE_TOKEN), len(images)) for ids, images in prompts)
+        return dataclasses.replace(path, window=9), ["layer 0: all"]
+
+    monkeypatch.setattr(PATHS["yopo"], "calibrate", calibrate)
+    run(folder, tsv, "--calibrate", "--visual-path", "yopo")
+    assert seen == [(1, 1)] * 2
+    config = read_config(folder)
+    assert config.visual_path == CONFIG.visual_path and config.path_named("yopo").window == 9
+    out = capsys.readouterr().out
+    assert "row 1 is left out: no picture\nlayer 0: all\nwritten to" in out
+
+
+def test_flags_environment_and_places(tmp_path, weights, monkeypatch):
+    folder, _ = weights
+    tsv = choices(tmp_path / "Choices.tsv")
+    for flags, what in ((["--out", "/proc/x"], "cannot write /proc/x/predictions-0.jsonl"), (["--limit", "1e99"], "--limit"),
+                        (["--images", "/dev/null", "--metric", "x"], "--metric")):
+        with pytest.raises(UserError, match=what):
+            run(folder, tsv, *flags)
+    for name, value in (("RANK", "abc"), ("WORLD_SIZE", "-3"), ("WORLD_SIZE", "1e9")):
+        with monkeypatch.context() as environment, pytest.raises(UserError, match=f"{name} is '{value}'"):
+            environment.setenv(name, value)
+            run(folder, tsv)
+
+
+def test_the_program_ends_in_one_line():
+    def shell(flags):
+        return subprocess.run(f"{sys.executable} -m nanoeemllm.evaluation {flags}", shell=True, capture_output=True,
+                              text=True, timeout=60)
+
+    got = shell("--weights nowhere --tsv none")
+    assert got.returncode == 2 and got.stderr == "error: nowhere/config.json: no such file\n"
+    assert "Traceback" not in shell("--help | head -1").stderr

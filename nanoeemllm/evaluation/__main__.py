@@ -1,0 +1,151 @@
+"""Benchmarks: a file of questions in, a score out.
+
+    python -m nanoeemllm.evaluation --weights DIR --tsv MMBench_DEV_EN_V11.tsv
+    torchrun --nproc_per_node=8 -m nanoeemllm.evaluation ...       its rows split over 8 processes
+
+Answers are written to WEIGHTS/eval/NAME as they come. The same command continues an interrupted
+run, on any number of processes, and ends with a table and results.json. Rows that cannot be asked
+are named and left out of the score.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from nanoeemllm.border.command import Parser, from_environment, positive, run_command
+from nanoeemllm.border.files import quoted, write_aside
+from nanoeemllm.config import UserError
+from nanoeemllm.evaluation.benchmark import TSV, detect, read_answers, write_answers
+from nanoeemllm.evaluation.load import add_model_flags, load_model
+from nanoeemllm.evaluation.metrics import GROUPS, METRICS, summarize
+from nanoeemllm.evaluation.questions import answers, prepare_all, table
+from nanoeemllm.paths import from_args
+from nanoeemllm.weights.folder import read_config
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__, "python -m nanoeemllm.evaluation")
+    add = parser.add_argument
+    add("--tsv", type=Path, required=True, metavar="FILE", help="benchmark file")
+    add("--metric", choices=METRICS, help="how answers are scored (found from the file)")
+    add("--images", type=Path, metavar="DIR", help="the folder of image_path (the file's own)")
+    add("--out", type=Path, metavar="DIR", help="answers and results (WEIGHTS/eval/NAME)")
+    add("--limit", type=positive(int), metavar="N", help="the first N rows alone")
+    add("--max-new-tokens", type=positive(int), default=128, help="longest answer (128)")
+    add("--batch-tokens", type=positive(int), default=16384,
+        help="tokens asked together: text, visual and new (16384)")
+    add("--calibrate", action="store_true",
+        help="no scores: choose what the visual path prunes, and write it to --weights")
+    add_model_flags(parser, required=True, help="model folder")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None):
+    args = parse(argv)
+    config = read_config(args.weights)
+    if config.vision is None:
+        raise UserError(f"{quoted(args.weights)} has no image encoder: give another model")
+    path = from_args(args, config)
+    rank, world = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
+    tsv = TSV(args.tsv, args.limit, args.images, quiet=rank > 0)
+    if not len(tsv):
+        raise UserError(f"{quoted(args.tsv)} has no rows under its first line")
+    metric = args.metric or detect(args.tsv.stem, tsv.columns)
+    if args.calibrate:
+        return calibrate(args, config, path, tsv, metric)
+    file, written = args.tsv.stat(), (args.weights / "config.json").stat().st_mtime
+    settings = {"weights": str(args.weights.resolve()), "written": written,
+                "tsv": str(args.tsv.resolve()), "tsv_bytes": file.st_size,
+                "tsv_written": file.st_mtime, "metric": metric, "visual_path": str(path),
+                "max_new_tokens": args.max_new_tokens, "dtype": args.dtype or "as stored"}
+    name = args.tsv.stem + (f"-{args.visual_path}" if args.visual_path else "")
+    folder = args.out or args.weights / "eval" / name
+    answer_rows(args, tsv, path, settings, folder, rank, world)
+    if rank == 0:
+        done = read_answers(folder, settings)
+        records = [done[i + 1] for i in range(len(tsv))]
+        report(args.tsv.name, records, settings, folder / "results.json")
+
+
+def answer_rows(args, tsv: TSV, path, settings: dict, folder: Path, rank: int, world: int):
+    """Asks what is not answered in the folder, each process its share of it."""
+    done = read_answers(folder, settings)
+    # what was bad may be mended by now
+    todo = [i for i in range(len(tsv)) if "bad" in done.get(i + 1, {"bad": ""})]
+    if done and rank == 0:
+        print(f"{len(tsv) - len(todo)} of {len(tsv)} rows are answered in {folder} already")
+    if world > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        dist.barrier()                                # all have read before one writes
+    if todo := todo[rank::world]:
+        model = load_model(args.weights, args.device, args.dtype, path)
+        metric, rows = settings["metric"], map(tsv.__getitem__, todo)
+        records = answers(model, rows, metric, args.max_new_tokens, args.batch_tokens)
+        records = write_answers(folder / f"predictions-{rank}.jsonl", settings, records)
+        for _ in tqdm(records, f"{args.tsv.stem} ({metric})", len(todo), disable=rank > 0 or None):
+            pass
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def calibrate(args, config, path, tsv: TSV, metric: str):
+    """Has the visual path choose what it prunes on these rows, and writes that to the model."""
+    as_path = getattr(path, "calibrated_as", None) or config.visual_path.name
+    model = load_model(args.weights, args.device, args.dtype, config.path_named(as_path))
+
+    def prompts() -> Iterator[tuple[list[int], list]]:
+        rows = tqdm(map(tsv.__getitem__, range(len(tsv))), "calibration", len(tsv), disable=None)
+        for question in prepare_all(model, rows, metric, 0):
+            if isinstance(question, dict):
+                print(f"row {question['row']} is left out: {question['bad']}")
+            else:
+                yield question.ids, question.images
+
+    path, lines = path.calibrate(model, prompts())
+    if path.name == config.visual_path.name:
+        config = dataclasses.replace(config, visual_path=path)
+    else:                                             # the model stays what it is
+        others = [other for other in config.other_paths if other.name != path.name]
+        config = dataclasses.replace(config, other_paths=(*others, path))
+    text = json.dumps(config.to_dict(), indent=2)
+    write_aside(args.weights / "config.json", text.encode())
+    print(*lines, f"written to {args.weights / 'config.json'}", sep="\n")
+
+
+def report(name: str, records: list[dict], settings: dict, file: Path):
+    """Prints the table, and what was left out of it or could not be read; writes results.json."""
+    result = summarize(settings["metric"], records)
+    bad = [record for record in records if "bad" in record]
+    unread = [record for record in records if record.get("read", "") is None]
+    if len(bad) == len(records):
+        raise UserError(f"none of {len(records)} rows of {name} could be asked; the first: "
+                        f"{bad[0]['bad']}")
+    lines = {"overall": result["overall"]}
+    for column in GROUPS:
+        for group, numbers in result.get(column, {}).items():
+            lines[f"{column}: {group}"] = numbers
+    print(f"\n{name}: {settings['metric']} over {result['rows']} of {len(records)} rows\n")
+    print(table(lines))
+    for what, some in (("rows could not be asked and are not in the score", bad),
+                       ("answers could not be read and score 0", unread)):
+        if some:
+            print(f"\n{len(some)} {what}:")
+        for r in some[:10]:
+            text = r["bad"] if "bad" in r else repr(r["prediction"][:60])
+            print(f"  row {r['row']} (index {r['index']}): {text}")
+        if len(some) > 10:
+            print(f"  ... and {len(some) - 10} more, see the predictions")
+    results = result | {"settings": settings, "bad_rows": bad}
+    write_aside(file, json.dumps(results, indent=1, ensure_ascii=False).encode(errors="replace"))
+    print(f"\n{file}")
+
+
+if __name__ == "__main__":
+    run_command(main, goes_on=True)                   # results are written, whoever reads the output
