@@ -153,6 +153,8 @@ class ModelConfig:
     visual_path: VisualPath = field(default_factory=default_path)
     chat_template: str = "vicuna_v1"                 # a name of prompt.TEMPLATES
     other_paths: tuple[VisualPath, ...] = ()         # settings calibrated for these weights
+    eos_token_ids: tuple[int, ...] = size((), least=0)   # that end an answer; (): by their names
+    bos_token_ids: tuple[int, ...] | None = size(None, least=0)   # None: by its name; (): none
 
     def __post_init__(self):
         self.visual_path.check(self.llama)

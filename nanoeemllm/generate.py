@@ -1,6 +1,6 @@
 """From logits to text: choosing tokens, and batched decoding with per-sequence stopping."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -142,22 +142,3 @@ def copy_to_host(ids: Tensor) -> Callable[[], list[int]]:
         done.synchronize()
         return copy.tolist()
     return wait
-
-
-def stream_text(tokenizer, ids: Iterable[int], stop_strings: tuple[str, ...] = ()) -> Iterator[str]:
-    """The text of ids as they come, up to a stop string. What may yet become one is held back until
-    it is known."""
-    held = ""
-    for piece in tokenizer.stream(ids):
-        held += piece
-        found = [held.find(string) for string in stop_strings if string in held]
-        if found:
-            held = held[:min(found)]
-            break
-        starts = [string[:n] for string in stop_strings for n in range(1, len(string))]
-        known = len(held) - max((len(start) for start in starts if held.endswith(start)), default=0)
-        if known:
-            yield held[:known]
-        held = held[known:]
-    if held:
-        yield held

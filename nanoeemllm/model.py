@@ -17,7 +17,7 @@ from nanoeemllm.config import IMAGE_TOKEN, ModelConfig, UserError
 from nanoeemllm.decoder import Decoder
 from nanoeemllm.generate import Sampling, StopRule, generate_steps
 from nanoeemllm.layout import Layout, build_layout
-from nanoeemllm.prompt import Tokenizer, encode_text
+from nanoeemllm.prompt import encode_text
 from nanoeemllm.vision import Projector, VisionTransformer
 
 
@@ -40,8 +40,8 @@ class Batch:
 class EEMLLM(nn.Module):
     """Vision encoder, projector and composite decoder. Without vision: a language model."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None = None, source: str = ""):
-        """source: the folder it was loaded from, for messages."""
+    def __init__(self, config: ModelConfig, tokenizer=None, source: str = ""):
+        """tokenizer: weights.tokenizer.Tokenizer. source: the folder it was loaded from."""
         super().__init__()
         self.config, self.tokenizer, self.source = config, tokenizer, source
         self.spare_cache: KVCache | None = None                  # of the last answer
