@@ -1,20 +1,26 @@
-"""The one rule of the model: a query sees a key of its own sample iff key position <= query position.
+"""The one rule of the model: a query sees a key of its own sample iff key position <= its own.
 
-Rows of all samples lie packed in one tensor; a `Run` says which rows belong to which sample and where each
-stands in its sample. Keys come as two runs, visual and text, so that nothing is concatenated, masked or padded
-for the kernel. A sample of two text tokens, an image of three, and two more text tokens:
+Positions never fall within a kind of token, so what a query sees is a prefix of its sample's visual
+keys and a prefix of its text keys: two numbers a query row. Two text tokens, an image of three, two
+text tokens, an image of two, and one more text token:
 
-    position        0  1  2  3  4  5  6
-                    t  t  v  v  v  t  t
-    text query 0    1  .  .  .  .  .  .
-    text query 1    1  1  .  .  .  .  .
-    text query 5    1  1  1  1  1  1  .
-    text query 6    1  1  1  1  1  1  1
+    position     0  1  2  3  4  5  6  7  8  9     sees_visual   sees_text
+                 t  t  v  v  v  t  t  v  v  t
+    query 0      1  .  .  .  .  .  .  .  .  .          0            1
+    query 1      1  1  .  .  .  .  .  .  .  .          0            2
+    query 5      1  1  1  1  1  1  .  .  .  .          3            3
+    query 6      1  1  1  1  1  1  1  .  .  .          3            4
+    query 9      1  1  1  1  1  1  1  1  1  1          5            5
 
-Three functions of one signature: `attention_reference` is the rule written down, `composite_attention` is what
-the model calls, and it goes to the Triton kernel (kernel.py) on a GPU and to fast PyTorch elsewhere.
+Rows of all samples lie packed in one tensor, without padding; a `Span` says which belong to which
+sample. Three functions have one signature: `attention_reference` is the rule written down,
+`attention_sdpa` is PyTorch's own attention, and kernels/ is the rule in Triton, for GPUs.
 """
 
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -22,200 +28,216 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Run(NamedTuple):
-    """Where the rows of B samples lie in one packed tensor of N rows. Samples may share rows of keys, but not where those
-    are to have gradients."""
+class Span(NamedTuple):
+    """Where the rows of B samples lie in one packed tensor. Samples may share rows of keys, but not
+    where those need gradients."""
     start: Tensor      # (B,) int32: first row of each sample
     length: Tensor     # (B,) int32: rows of each sample, 0 allowed
-    position: Tensor   # (N,) int32: place of each row in its sample, never falling within a run
     max_length: int    # no length is greater; sizes a launch without asking the device
 
 
-def composite_attention(q: Tensor, k_visual: Tensor, v_visual: Tensor, k_text: Tensor, v_text: Tensor,
-                        query: Run, visual: Run, text: Run, scale: float | None = None) -> Tensor:
-    """Softmax attention of packed queries over each sample's visual and text keys (DESIGN: "one attention rule").
+class Keys(NamedTuple):
+    """What queries attend to, (rows, G, D) each."""
+    k_visual: Tensor
+    v_visual: Tensor
+    k_text: Tensor
+    v_text: Tensor
 
-    q (N, H, D); k_visual, v_visual (V, G, D); k_text, v_text (M, G, D); G divides H, and H // G query heads share
-    a key head. The three runs are over the same B samples. Returns (N, H, D); rows that see no key are zero.
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """Who sees whom, for N query rows of B samples."""
+    query: Span
+    visual: Span
+    text: Span
+    sees_visual: Tensor    # (N,) int32: the row sees so many of its sample's visual keys
+    sees_text: Tensor      # (N,) int32: and so many of its text keys
+
+    @cached_property
+    def text_alone(self) -> "Visibility":
+        """The same queries where there are no visual keys."""
+        none = torch.zeros_like(self.sees_visual)
+        return Visibility(self.query, empty_span(self.query), self.text, none, self.sees_text)
+
+    @cached_property
+    def blocks(self) -> "list[Block]":         # of attention_sdpa, once for all layers
+        return make_blocks(self)
+
+    @cached_property
+    def first_queries(self) -> dict:           # of kernels/, likewise, by the numbers of key rows
+        return {}
+
+
+def empty_span(like: Span) -> Span:
+    zero = torch.zeros_like(like.start)
+    return Span(zero, zero, 0)
+
+
+def attention(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
+    """Softmax attention, scaled by D^-0.5, of packed queries over each sample's visual and text keys.
+
+    q (N, H, D); G divides H, and H // G query heads share a key head. Returns (N, H, D); rows that
+    see no key are zero.
     """
-    function = _on_gpu if q.is_cuda else _in_pytorch
-    return function(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
+    return (_instead[-1] if _instead else compute)(q, keys, sees)
 
 
-def attention_reference(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale=None) -> Tensor:
-    """The rule, sample by sample, with every score in memory. Same arguments and result as composite_attention."""
-    check_attention_inputs(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group = q.shape[1] // k_text.shape[1]
+def compute(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
+    """`attention` by the implementation for q's device."""
+    if q.device.type not in ("cuda", "meta"):
+        return attention_sdpa(q, keys, sees)
+    from nanoeemllm import kernels
+    rows = (len(keys.k_visual), len(keys.k_text))
+    if torch.is_grad_enabled() and rows not in sees.first_queries:
+        sees.first_queries[rows] = (
+            kernels.first_queries(sees.query, sees.visual, sees.sees_visual, rows[0]),
+            kernels.first_queries(sees.query, sees.text, sees.sees_text, rows[1]))
+    return kernels.composite_attention(
+        q, *keys, sees.query, sees.visual, sees.text, sees.sees_visual, sees.sees_text,
+        sees.first_queries[rows] if torch.is_grad_enabled() else None)
+
+
+_instead: list[Callable] = []
+
+
+@contextlib.contextmanager
+def use_attention(function: Callable):
+    """Within it, function(q, keys, sees) is called in place of `attention`, in every layer: for
+    baselines, and for looking at what attention does. It may call `compute`."""
+    _instead.append(function)
+    try:
+        yield
+    finally:
+        _instead.pop()
+
+
+def attention_reference(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
+    """The rule, sample by sample, with every score in memory."""
+    group = q.shape[1] // keys.k_text.shape[1]
     out = torch.zeros_like(q)
-    for b in range(len(query.start)):
-        q_rows, v_rows, t_rows = (slice(int(run.start[b]), int(run.start[b] + run.length[b]))
-                                  for run in (query, visual, text))
-        k = torch.cat([k_visual[v_rows], k_text[t_rows]]).repeat_interleave(group, dim=1)
-        v = torch.cat([v_visual[v_rows], v_text[t_rows]]).repeat_interleave(group, dim=1)
-        key_position = torch.cat([visual.position[v_rows], text.position[t_rows]])
-        mask = key_position[None, :] <= query.position[q_rows, None]                       # (queries, keys)
-        scores = torch.einsum("qhd,khd->hqk", q[q_rows], k) * scale
-        weights = scores.masked_fill(~mask, torch.finfo(q.dtype).min).softmax(-1) * mask   # * mask: rows without keys
-        out[q_rows] = torch.einsum("hqk,khd->qhd", weights, v)
+    for (q_start, Q), (v_start, V), (t_start, T) in samples_of(sees):
+        rows = slice(q_start, q_start + Q)
+        visual, text = slice(v_start, v_start + V), slice(t_start, t_start + T)
+        k = torch.cat([keys.k_visual[visual], keys.k_text[text]]).repeat_interleave(group, dim=1)
+        v = torch.cat([keys.v_visual[visual], keys.v_text[text]]).repeat_interleave(group, dim=1)
+        mask = visible(sees, rows, V, T)                                          # (Q, V + T)
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask, torch.finfo(q.dtype).min).softmax(-1)
+        out[rows] = torch.einsum("hqk,khd->qhd", weights * mask, v)           # rows without keys
     return out
 
 
-def _on_gpu(*args) -> Tensor:
-    from nanoeemllm.kernel import composite_attention_kernel  # Triton is imported where there is a GPU
-    return composite_attention_kernel(*args)
+def visible(sees: Visibility, rows: slice, V: int, T: int) -> Tensor:
+    """The two prefixes as a mask (rows, V + T) over the first V visual and T text keys."""
+    device = sees.sees_text.device
+    visual = torch.arange(V, device=device) < sees.sees_visual[rows, None]
+    return torch.cat([visual, torch.arange(T, device=device) < sees.sees_text[rows, None]], dim=1)
 
 
-# ---- fast PyTorch, for machines without a GPU ----
-
-_BLOCK = 256                # query rows a time in _blocks
-_RECTANGLE = 2 ** 25        # scores up to which a batch goes as one padded rectangle
-_FEW = 16                   # query rows for which putting the keys of both kinds together costs more than it saves
-
-
-def _in_pytorch(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale) -> Tensor:
-    """Many small samples go as one padded rectangle, since a loop over them would cost more than the arithmetic;
-    long ones go block by block, each with the keys it can see."""
-    check_attention_inputs(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
-    keys = visual.max_length + text.max_length
-    scores = len(query.start) * query.max_length * keys * q.shape[1]
-    reading_on = query.max_length == 1 and keys * k_text[:1].numel() > 2 ** 16       # from a cache too long to be copied
-    if len(query.start) == 1 or reading_on or scores > _RECTANGLE:
-        return _blocks(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
-    return _one_rectangle(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale)
+def samples_of(sees: Visibility) -> list[tuple]:
+    """(start, length) of every sample's queries, visual and text keys, on the host."""
+    spans = (sees.query, sees.visual, sees.text)
+    return list(zip(*(zip(span.start.tolist(), span.length.tolist()) for span in spans)))
 
 
-def _one_rectangle(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale) -> Tensor:
-    q_rows, q_real = _rows(query)                                                  # (B, queries)
-    runs = [(run, k, v) for run, k, v in ((visual, k_visual, v_visual), (text, k_text, v_text)) if run.max_length]
-    if not runs or not query.max_length:
-        return torch.zeros_like(q)
-    rows = [_rows(run) for run, _, _ in runs]
-    k = torch.cat([k[r] for (_, k, _), (r, _) in zip(runs, rows)], dim=1)          # (B, keys, G, D)
-    v = torch.cat([v[r] for (_, _, v), (r, _) in zip(runs, rows)], dim=1)
+# ---- PyTorch's own attention ----
 
-    key_position = torch.cat([run.position[r] for (run, _, _), (r, _) in zip(runs, rows)], dim=1)
-    key_real = torch.cat([real for _, real in rows], dim=1)
-    mask = (key_position[:, None, :] <= query.position[q_rows][:, :, None]) & key_real[:, None, :]
-    out = _sdpa(q[q_rows], k, v, mask, scale)                                      # (B, queries, H, D)
-    return torch.zeros_like(q).index_copy(0, q_rows[q_real].long(), out[q_real])
+_BLOCK = 256             # query rows at a time
+_FEW = 16                # up to so many query rows, keys of both kinds are not concatenated
 
 
-def _rows(run: Run) -> tuple[Tensor, Tensor]:
-    """Row numbers (B, max_length) and which of them are real; padding repeats the sample's own last row."""
-    place = torch.arange(run.max_length, device=run.start.device, dtype=torch.int32)
-    last = (run.length[:, None] - 1).clamp(min=0)
-    rows = (run.start[:, None] + torch.minimum(place, last)).clamp(max=len(run.position) - 1)
-    return rows, place < run.length[:, None]
+class Block(NamedTuple):
+    """Query rows of a sample and the keys that the last of them sees, or the same of `count` like
+    samples in a row."""
+    rows: slice
+    visual: slice
+    text: slice
+    count: int
+    mask: Tensor | None     # (1, 1, rows, keys); None: all see all
+    blind: Tensor | None    # (1, rows, 1, 1): rows that see no key
+    is_causal: bool         # row i sees the first i + 1 keys
 
 
-def _blocks(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale) -> Tensor:
-    out = []
-    rows = []
-    bounds = zip(*(t.tolist() for run in (query, visual, text) for t in (run.start, run.length)))
-    for q_start, q_length, v_start, v_length, t_start, t_length in bounds:
-        v_position, t_position = visual.position[v_start:v_start + v_length], text.position[t_start:t_start + t_length]
-        if not v_length and q_length > _FEW and _is_causal(query.position[q_start:q_start + q_length], t_position):
-            rows.append(torch.arange(q_start, q_start + q_length, device=q.device))
-            t_rows = slice(t_start, t_start + t_length)
-            out.append(_sdpa(q[None, rows[-1]], k_text[None, t_rows], v_text[None, t_rows], None, scale)[0])
+def make_blocks(sees: Visibility) -> list[Block]:
+    blocks: list[Block] = []
+    text_counts, visual_counts = sees.sees_text.tolist(), sees.sees_visual.tolist()
+    for (q_start, Q), (v_start, _), (t_start, _) in samples_of(sees):
+        text, visual = text_counts[q_start:q_start + Q], visual_counts[q_start:q_start + Q]
+        if not Q or not text[-1] + visual[-1]:
             continue
-        for first in range(q_start, q_start + q_length, _BLOCK):
-            block = slice(first, min(first + _BLOCK, q_start + q_length))
-            q_position = query.position[block]
-            # positions never fall, so the keys that the block's last row sees are a prefix of each run
-            seen = [int(torch.searchsorted(p, q_position[-1:], right=True)) for p in (v_position, t_position)]
-            if not any(seen):
-                continue
-            v_rows, t_rows = slice(v_start, v_start + seen[0]), slice(t_start, t_start + seen[1])
-            parts = [(k_visual[v_rows], v_visual[v_rows]), (k_text[t_rows], v_text[t_rows])]
-            mask = torch.cat([v_position[:seen[0]], t_position[:seen[1]]])[None, :] <= q_position[:, None]
-            if len(q_position) <= _FEW:
-                out.append(_in_parts(q[block], parts, mask, scale))
-            else:
-                k, v = (torch.cat(kind) if all(seen) else kind[seen[0] == 0] for kind in zip(*parts))
-                out.append(_sdpa(q[None, block], k[None], v[None], mask[None], scale)[0])
-            rows.append(torch.arange(block.start, block.stop, device=q.device))
-    return torch.zeros_like(q).index_copy(0, torch.cat(rows), torch.cat(out)) if out else torch.zeros_like(q)
+        is_causal = Q > 1 and not visual[-1] and text == list(range(1, Q + 1))
+        uniform = text[0] == text[-1] and visual[0] == visual[-1]
+        for first in range(0, Q, Q if is_causal or uniform else _BLOCK):
+            stop = Q if is_causal or uniform else min(first + _BLOCK, Q)
+            rows = slice(q_start + first, q_start + stop)
+            V, T = visual[stop - 1], text[stop - 1]
+            mask = blind = None
+            if not is_causal and not uniform:
+                mask, blind = split_blind(visible(sees, rows, V, T))
+            block = Block(rows, slice(v_start, v_start + V), slice(t_start, t_start + T), 1, mask,
+                          blind, is_causal)
+            if V + T and not (blocks and uniform and merge(blocks, block)):
+                blocks.append(block)
+    return blocks
 
 
-def _is_causal(q_position: Tensor, position: Tensor) -> bool:
-    """Every query sees the keys up to its own, as many as it has a place in the run: SDPA needs no mask for that."""
-    return torch.equal(q_position, position) and bool((position[1:] > position[:-1]).all())
+def split_blind(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A softmax over nothing is NaN, so that rows that see no key are let see all, and are zeroed
+    afterwards: (Q, K) -> mask (1, 1, Q, K) and the rows to zero (1, Q, 1, 1), if any."""
+    blind = ~mask.any(-1, keepdim=True)
+    return (mask | blind)[None, None], blind[None, :, :, None] if blind.any() else None
 
 
-def _in_parts(q: Tensor, parts: list[tuple[Tensor, Tensor]], mask: Tensor, scale) -> Tensor:
-    """Few queries (n, H, D) over keys in several tensors, of which none is copied: scores are few. mask (n, keys)."""
-    exact = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.to(exact).unflatten(1, (parts[0][0].shape[1], -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = torch.cat([torch.einsum("qgud,kgd->guqk", grouped, k.to(exact)) for k, _ in parts], dim=-1)
-    weights = scores.masked_fill(~mask, torch.finfo(exact).min).softmax(-1) * mask.any(-1, keepdim=True)
-    weights = weights.split([len(k) for k, _ in parts], dim=-1)
-    return sum(torch.einsum("guqk,kgd->qgud", w, v.to(exact)) for w, (_, v) in zip(weights, parts)).flatten(1, 2).to(q.dtype)
+def merge(blocks: list[Block], new: Block) -> bool:
+    """Joins a block to the one before, if both see all of their keys, are of one size and follow
+    one another: all images of an encoder's batch in one call."""
+    last = blocks[-1]
+    for before, after in zip(last[:3], new[:3]):
+        n = after.stop - after.start
+        if before.stop != after.start or before.stop - before.start != n * last.count:
+            return False
+    if last.mask is None and not last.is_causal:
+        joined = [slice(before.start, after.stop) for before, after in zip(last[:3], new[:3])]
+        blocks[-1] = Block(*joined, last.count + 1, None, None, False)
+    return last.mask is None and not last.is_causal
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale) -> Tensor:
-    """(B, queries, H, D), (B, keys, G, D), mask (B, queries, keys) or None for causal -> (B, queries, H, D)."""
-    group = q.shape[2] // k.shape[2]
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
-    if mask.all():
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    blind = ~mask.any(-1, keepdim=True)                    # a softmax over nothing is NaN: let such rows see
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | blind)[:, None], scale=scale)
-    return out.transpose(1, 2).masked_fill(blind[..., None], 0)  # everything, then take it away again
+def attention_sdpa(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
+    """Sample by sample, and block by block of its queries, each with the keys that it can see."""
+    out, end, in_order = [q[:0]], 0, True
+    for b in sees.blocks:
+        parts = [(k[rows].unflatten(0, (b.count, -1)), v[rows].unflatten(0, (b.count, -1)))
+                 for k, v, rows in ((keys.k_visual, keys.v_visual, b.visual),
+                                    (keys.k_text, keys.v_text, b.text)) if rows.stop > rows.start]
+        rows = softmax_attention(q[b.rows].unflatten(0, (b.count, -1)), parts, b.mask, b.is_causal)
+        rows = rows if b.blind is None else rows.masked_fill(b.blind, 0)
+        out.append(rows.flatten(0, 1))
+        in_order, end = in_order and b.rows.start == end, b.rows.stop
+    if in_order and end == len(q):
+        return torch.cat(out)
+    rows = [torch.arange(0), *(torch.arange(b.rows.start, b.rows.stop) for b in sees.blocks)]
+    return torch.zeros_like(q).index_copy(0, torch.cat(rows).to(q.device), torch.cat(out))
 
 
-# ---- what both ways refuse ----
-
-def check_attention_inputs(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale=None) -> None:
-    """ValueError for what does not fit: the argument, what it was, what was expected.
-
-    Starts and lengths that lie on a GPU are not read, since that would make the host wait: whoever builds a
-    run there checks it before it leaves the CPU, with `check_run`.
-    """
-    def expect(name, what, was, expected):
-        if was != expected:
-            raise ValueError(f"{name}: {what} is {was}, expected {expected}")
-
-    tensors = dict(q=q, k_visual=k_visual, v_visual=v_visual, k_text=k_text, v_text=v_text)
-    for name, x in tensors.items():
-        expect(name, "number of dimensions", x.ndim, 3)
-        expect(name, "dtype", x.dtype, q.dtype)
-        expect(name, "device", x.device, q.device)
-        expect(name, "head width", x.shape[2], q.shape[2])
-        if name != "q":
-            expect(name, "number of heads", x.shape[1], k_text.shape[1])
-    expect("v_visual", "number of rows", len(v_visual), len(k_visual))
-    expect("v_text", "number of rows", len(v_text), len(k_text))
-    if not q.is_floating_point():
-        raise ValueError(f"q: dtype is {q.dtype}, expected a floating-point type")
-    if not k_text.shape[1] or q.shape[1] % k_text.shape[1]:
-        raise ValueError(f"q: number of heads is {q.shape[1]}, expected a multiple of k_text's {k_text.shape[1]}")
-    if scale is not None and not 0 < scale < float("inf"):
-        raise ValueError(f"scale: is {scale}, expected a positive number")
-    for name, run, rows in (("query", query, q), ("visual", visual, k_visual), ("text", text, k_text)):
-        expect(f"{name}.start", "device", run.start.device, q.device)
-        expect(f"{name}.start", "number of samples", len(run.start), len(query.start))
-        check_run(name, run, len(rows))
-
-
-def check_run(name: str, run: Run, rows: int) -> None:
-    """ValueError unless `run` fits a tensor of `rows` rows."""
-    for field, x in zip(run._fields, run[:3]):
-        if x.ndim != 1 or x.dtype != torch.int32:
-            raise ValueError(f"{name}.{field}: is {x.ndim}-dimensional {x.dtype}, expected 1-dimensional torch.int32")
-        if x.device != run.start.device:
-            raise ValueError(f"{name}.{field}: device is {x.device}, expected {run.start.device}")
-    for field, was, expected in (("length", len(run.length), len(run.start)), ("position", len(run.position), rows)):
-        if was != expected:
-            raise ValueError(f"{name}.{field}: has {was} entries, expected {expected}")
-    if run.start.is_cpu and not torch.compiler.is_compiling():
-        for b, (start, length) in enumerate(zip(run.start.tolist(), run.length.tolist())):
-            if not 0 <= start <= start + length <= rows:
-                raise ValueError(f"{name}: sample {b} has rows {start} to {start + length}, expected within 0 to {rows}")
-            if length > run.max_length:
-                raise ValueError(f"{name}.max_length: is {run.max_length}, expected at least {length}, sample {b}'s length")
+def softmax_attention(q: Tensor, parts: list, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """q (B, Q, H, D) over keys and values (B, K, G, D) in one or two parts -> (B, Q, H, D)."""
+    B, Q, H, D = q.shape
+    group = H // parts[0][0].shape[2]
+    if len(parts) > 1 and Q > _FEW:
+        parts = [[torch.cat(kind, dim=1) for kind in zip(*parts)]]
+    q = q.transpose(1, 2)
+    if group > 1 and not is_causal:      # the query heads of a key head become rows of its queries
+        q = q.reshape(B, H // group, group * Q, D)
+        mask = None if mask is None else mask.repeat(1, 1, group, 1)
+    if len(parts) == 1:
+        k, v = (x.transpose(1, 2) for x in parts[0])
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal,
+                                             enable_gqa=group > 1 and is_causal)
+    else:                                # few queries: the keys of both kinds stay where they are
+        scores = torch.cat([q @ k.permute(0, 2, 3, 1) for k, _ in parts], dim=-1)
+        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * D ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1).to(q.dtype).split([k.shape[1] for k, _ in parts], dim=-1)
+        out = sum(w @ v.transpose(1, 2) for w, (_, v) in zip(weights, parts))
+    return out.reshape(B, H, Q, D).transpose(1, 2)

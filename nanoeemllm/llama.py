@@ -1,9 +1,10 @@
 """The parts of one Llama layer: RMSNorm, rotary positions, attention projections, SwiGLU.
 
-    h = x + W_O attention(RMSNorm(x))        out = h + W_down(SiLU(W_gate n) * W_up n),  n = RMSNorm(h)
+    h = x + W_O attention(RMSNorm(x))
+    out = h + W_down(SiLU(W_gate n) * W_up n),   n = RMSNorm(h)
 
-All functions work on packed rows (N, C): a row is a token of whatever sample. How rows of different kinds go
-through these parts is decided in visual_path.py. Names are those of the published checkpoints.
+All functions work on packed rows (N, C): a row is a token of whatever sample. decoder.py puts the
+parts together. Names of weights are those of the published checkpoints.
 """
 
 import math
@@ -16,11 +17,10 @@ from nanoeemllm.config import LlamaConfig
 
 
 def embedding(entries: int, width: int) -> nn.Embedding:
-    """nn.Embedding, but on the meta device, where models begin that are loaded, it draws no weights: that would import
-    torch's compiler, the better part of a second."""
-    if torch.empty(0).is_meta:
-        return nn.Embedding.from_pretrained(torch.empty(entries, width), freeze=False)
-    return nn.Embedding(entries, width)
+    """nn.Embedding, which on the meta device, where models begin that are loaded, draws no weights:
+    that would import torch's compiler, the better part of a second."""
+    weight = torch.empty(entries, width)
+    return nn.Embedding(entries, width, _weight=weight if weight.is_meta else None)
 
 
 class RMSNorm(nn.Module):
@@ -28,68 +28,64 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
-    """Radians a position, (D/2,) float32: theta^(-2i/D), the slow ones stretched as Llama-3 does.
-
-    Llama-3: wavelengths longer than original/low are divided by `factor`, shorter than original/high are kept,
-    and in between the two are blended by how many turns fit into the original context.
-    """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    frequencies = 1.0 / config.rope_theta ** exponent
+    """Radians a position, (D/2,) float32: theta^(-2i/D), the slow ones stretched as Llama-3 does:
+    wavelengths longer than original/low are divided by `factor`, shorter than original/high stay,
+    and in between the two are blended by how many rotations fit into the original context."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequencies = 1.0 / config.rope_theta ** (exponent / config.head_dim)
     s = config.rope_scaling
     if s is not None:
-        turns = s.original_max_position_embeddings * frequencies / (2 * math.pi)
-        keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / s.factor
+        rotations = s.original_max_position_embeddings * frequencies / (2 * math.pi)
+        fast = (rotations - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        fast = fast.clamp(0, 1)
+        frequencies = fast * frequencies + (1 - fast) * frequencies / s.factor
     return frequencies
 
 
-def rope_cos_sin(position: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (N, 1, D) float32, for positions (N,)."""
-    angle = position[:, None].float() * rope_frequencies(config, position.device)    # (N, D/2)
+def rope_cos_sin(position: Tensor, config: LlamaConfig, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (N, 1, D), for positions (N,), in the number type and place of `like`."""
+    angle = position[:, None].float() * rope_frequencies(config, position.device)      # (N, D/2)
     angle = torch.cat([angle, angle], dim=-1)[:, None, :]
-    return angle.cos(), angle.sin()
+    return angle.cos().to(like), angle.sin().to(like)
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the pairs (x_i, x_{i + D/2}) of every head by the row's angles. x (N, heads, D)."""
-    cos, sin = (r.to(x.dtype) for r in rope)
+    """Rotates the pairs (x_i, x_{i + D/2}) of every head by the row's angles. x (N, heads, D)."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * rope[0] + torch.cat([-second, first], dim=-1) * rope[1]
 
 
 class SelfAttention(nn.Module):
-    """The four projections. Attention itself is attention.composite_attention."""
+    """The four projections. Attention itself is attention.attention."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.group = config.num_attention_heads // config.num_key_value_heads
-        q_width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+        C, H, G, D = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads,
+                      config.head_dim)
+        self.head_dim, self.group = D, H // G
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, G * D, bias=False)
+        self.v_proj = nn.Linear(C, G * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
 
-    def queries(self, x: Tensor, rope) -> Tensor:
-        return apply_rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rope)     # (N, H, D)
+    def queries(self, h: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return apply_rope(self.q_proj(h).unflatten(-1, (-1, self.head_dim)), rope)     # (N, H, D)
 
-    def keys_values(self, x: Tensor, rope) -> tuple[Tensor, Tensor]:
-        k = apply_rope(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), rope)        # (N, G, D)
-        return k, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-
-    def output(self, heads: Tensor) -> Tensor:
-        return self.o_proj(heads.flatten(1))                                           # (N, H, D) -> (N, C)
+    def keys_values(self, h: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        k = apply_rope(self.k_proj(h).unflatten(-1, (-1, self.head_dim)), rope)        # (N, G, D)
+        return k, self.v_proj(h).unflatten(-1, (-1, self.head_dim))
 
 
 class SwiGLU(nn.Module):
+    """W_down(SiLU(W_gate x) * W_up x), (N, C) -> (N, C)."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -98,17 +94,3 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class LlamaLayer(nn.Module):
-    """The weights of one layer, and the half of it that works row by row."""
-
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.post_attention_layernorm(x))

@@ -33,11 +33,11 @@ def random_layout(seed: int, vocab_size: int = 50):
     """(ids (T,), Layout, number of visual rows); seed 0 is the hand-made batch."""
     samples, grids = random_samples(seed, vocab_size) if seed else map(list, zip(*HAND_MADE))
     ids, layout = build_layout(samples, grids)
-    return ids, layout, len(layout.visual.position)
+    return ids, layout, layout.num_visual
 
 
-def rows_of(run, sample: int) -> slice:
-    return slice(int(run.start[sample]), int(run.start[sample] + run.length[sample]))
+def rows_of(span, sample: int) -> slice:
+    return slice(int(span.start[sample]), int(span.start[sample] + span.length[sample]))
 
 
 def seeded(*shape, seed: int = 0, dtype=torch.float64) -> torch.Tensor:

@@ -1,78 +1,90 @@
-"""The fast PyTorch paths against the rule written down, in float64."""
+"""PyTorch's attention against the rule written down, in float64."""
 
 import pytest
 import torch
 
 import nanoeemllm.attention as attention
 from layouts import random_layout, seeded
-from nanoeemllm.attention import Run, attention_reference, composite_attention
+from nanoeemllm.attention import Keys, Span, Visibility, attention_reference
 
-PATHS = {"dispatch": attention._in_pytorch, "rectangle": attention._one_rectangle, "blocks": attention._blocks}
+WAYS = {"sdpa": attention.attention_sdpa, "reference": attention_reference}
 
 
 def inputs(seed, H=4, G=2, D=8):
     _, layout, V = random_layout(seed)
-    T = len(layout.text.position)
+    T = layout.num_text
     shapes = [(T, H, D), (V, G, D), (V, G, D), (T, G, D), (T, G, D)]
-    return [seeded(*s, seed=seed * 9 + i).requires_grad_() for i, s in enumerate(shapes)], layout
+    tensors = [seeded(*s, seed=seed * 9 + i).requires_grad_() for i, s in enumerate(shapes)]
+    return tensors, layout
 
 
-@pytest.mark.parametrize("which", PATHS)
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("block", [3, 256])
+@pytest.mark.parametrize("visual", [False, True])
 @pytest.mark.parametrize("seed", range(25))
-def test_equals_the_rule(seed, merged, which, monkeypatch):
-    """Output and all gradients; merged: visual rows are queries too (`llava`). Blocks small, and few queries fewer, in
-    turns, so that every way is taken."""
-    monkeypatch.setattr(attention, "_BLOCK", 4)
+def test_equals_the_rule(seed, visual, block, monkeypatch):
+    """Output and all gradients; visual: the visual rows are the queries (`llava`). Blocks small,
+    and few queries fewer, in turns, so that every way is taken."""
+    monkeypatch.setattr(attention, "_BLOCK", block)
     monkeypatch.setattr(attention, "_FEW", (2, 16)[seed % 2])
     tensors, layout = inputs(seed)
-    runs = (layout.text, layout.visual, layout.text)
-    if merged:
-        q, kv, vv, kt, vt = tensors
-        rows = layout.merge
-        q = seeded(len(rows), 4, 8, seed=seed).requires_grad_()
-        tensors = [q, kv[:0].detach().requires_grad_(), vv[:0].detach().requires_grad_(),
-                   torch.cat([kt, kv])[rows].detach().requires_grad_(), torch.cat([vt, vv])[rows].detach().requires_grad_()]
-        nothing = Run(torch.zeros_like(layout.merged.start), torch.zeros_like(layout.merged.start),
-                      torch.zeros(0, dtype=torch.int32), 0)
-        runs = (layout.merged, nothing, layout.merged)
+    sees = layout.text_queries
+    if visual:
+        sees = layout.visual_queries
+        tensors[0] = seeded(layout.num_visual, 4, 8, seed=seed).requires_grad_()
     weight = seeded(*tensors[0].shape, seed=seed + 100)
     results = []
-    for function in (PATHS[which], attention_reference):
-        out = function(*tensors, *runs, None)
-        results.append([out, *torch.autograd.grad((out * weight).sum(), tensors, allow_unused=True)])
+    for function in (attention.attention_sdpa, attention_reference):
+        out = function(tensors[0], Keys(*tensors[1:]), sees)
+        grads = torch.autograd.grad((out * weight).sum(), tensors, allow_unused=True) \
+            if out.requires_grad else [None] * 5
+        results.append([out, *grads])
     for got, want, like in zip(*results, [tensors[0], *tensors]):
         zero = torch.zeros_like(like)
-        torch.testing.assert_close(zero if got is None else got, zero if want is None else want, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(zero if got is None else got, zero if want is None else want,
+                                   rtol=1e-10, atol=1e-10)
 
 
 def test_gradcheck():
     tensors, layout = inputs(0, H=2, G=1, D=4)
     assert torch.autograd.gradcheck(
-        lambda *t: composite_attention(*t, layout.text, layout.visual, layout.text), tensors)
+        lambda q, *keys: attention.attention(q, Keys(*keys), layout.text_queries), tensors)
 
 
-@pytest.mark.parametrize("which", [*PATHS, "reference"])
-def test_rows_that_see_nothing_are_zero_and_rows_in_no_run_too(which):
-    function = PATHS.get(which, attention_reference)
-    at = lambda *x: torch.tensor(x, dtype=torch.int32)
+def ints(*x):
+    return torch.tensor(x, dtype=torch.int32)
+
+
+def span(start, length):
+    return Span(ints(*start), ints(*length), max(length))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_that_see_nothing_are_zero_and_rows_in_no_span_too(way):
     q, k = seeded(5, 2, 4).requires_grad_(), seeded(3, 2, 4, seed=1).requires_grad_()
-    query = Run(at(0, 3), at(3, 1), at(0, 1, 5, 0, 9), 3)               # row 4 is in no run
-    visual = Run(at(0, 3), at(3, 0), at(1, 4, 6), 3)
-    text = Run(at(0, 0), at(0, 0), at(), 0)
-    out = function(q, k, k, k[:0], k[:0], query, visual, text, None)
+    sees = Visibility(span((0, 3), (3, 1)), span((0, 3), (3, 0)), span((0, 0), (0, 0)),
+                      ints(0, 1, 2, 0, 3), ints(0, 0, 0, 0, 0))       # row 4 is in no span
+    out = WAYS[way](q, Keys(k, k, k[:0], k[:0]), sees)
     assert out[[0, 3, 4]].eq(0).all() and out[[1, 2]].ne(0).all()
-    torch.testing.assert_close(out[1], k[0])                            # sees one key alone
+    torch.testing.assert_close(out[1], k[0])                          # sees one key alone
     for grad in torch.autograd.grad(out.square().sum(), [q, k]):
         assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("which", PATHS)
-def test_rubbish_in_a_cache_beyond_its_length_does_not_matter(which):
-    at = lambda *x: torch.tensor(x, dtype=torch.int32)
+@pytest.mark.parametrize("way", WAYS)
+def test_rubbish_in_a_cache_beyond_its_length_does_not_matter(way):
     q, k = seeded(2, 2, 4), seeded(12, 2, 4, seed=1)
-    text = Run(at(0, 6), at(2, 4), at(*range(6), *range(6)), 4)
-    query, visual = Run(at(0, 1), at(1, 1), at(1, 3), 1), Run(at(0, 0), at(0, 0), at(), 0)
-    clean = PATHS[which](q, k[:0], k[:0], k, k, query, visual, text, None)
+    sees = Visibility(span((0, 1), (1, 1)), span((0, 0), (0, 0)), span((0, 6), (2, 4)),
+                      ints(0, 0), ints(2, 4))
+    clean = WAYS[way](q, Keys(k[:0], k[:0], k, k), sees)
     k[[2, 3, 4, 5, 10, 11]] = float("nan")
-    assert torch.equal(clean, PATHS[which](q, k[:0], k[:0], k, k, query, visual, text, None))
+    assert torch.equal(clean, WAYS[way](q, Keys(k[:0], k[:0], k, k), sees))
+
+
+def test_like_images_of_an_encoder_are_one_block_and_others_are_not():
+    from nanoeemllm.vision import whole_images
+    assert [b.count for b in whole_images([4, 4, 4, 6, 6, 2], torch.device("cpu")).blocks] == [3, 2, 1]
+    q, k = seeded(26, 2, 4), seeded(26, 2, 4, seed=1)
+    sees = whole_images([4, 4, 4, 6, 6, 2], torch.device("cpu"))
+    keys = Keys(k[:0], k[:0], k, k)
+    torch.testing.assert_close(attention.attention_sdpa(q, keys, sees),
+                               attention_reference(q, keys, sees))

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from layouts import random_layout, rows_of, seeded
-from nanoeemllm.config import LlamaConfig, RopeScaling, VisualPathConfig
-from nanoeemllm.decoder import Decoder, KVCache
+from nanoeemllm.cache import KVCache
+from nanoeemllm.config import LlamaConfig, RopeScaling
+from nanoeemllm.decoder import Decoder
+from nanoeemllm.paths import make
 
 TINY = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
             max_position_embeddings=256)
 LAYOUTS = range(12)
 
 
-def make_decoder(path: VisualPathConfig, **changes) -> Decoder:
+def make_decoder(path, **changes) -> Decoder:
     config = LlamaConfig(**{**TINY, "num_key_value_heads": 2, **changes})
     torch.manual_seed(1)
     decoder = Decoder(config, path).double()
@@ -62,7 +64,7 @@ def oracle(decoder: Decoder, ids, visual, layout, visual_rows_are_causal: bool) 
     for b in range(layout.num_samples):
         t, v = rows_of(layout.text, b), rows_of(layout.visual, b)
         x = torch.cat([text[t], visual[v]])
-        position = torch.cat([layout.text.position[t], layout.visual.position[v]])
+        position = torch.cat([layout.position[:layout.num_text][t], layout.position[layout.num_text:][v]])
         order = position.argsort()
         is_visual = (torch.arange(len(x)) >= t.stop - t.start)[order]
         mask = torch.ones(len(x), len(x), dtype=torch.bool).tril()
@@ -77,7 +79,7 @@ def oracle(decoder: Decoder, ids, visual, layout, visual_rows_are_causal: bool) 
 @pytest.mark.parametrize("seed", LAYOUTS)
 def test_equals_plain_llama_under_the_mask(seed, name, kv_heads):
     """Logits, and the gradients of every weight and of the visual tokens."""
-    decoder = make_decoder(VisualPathConfig(name), num_key_value_heads=kv_heads)
+    decoder = make_decoder(make(name), num_key_value_heads=kv_heads)
     ids, layout, V = random_layout(seed)
     visual = seeded(V, 32, seed=seed).requires_grad_()
     weight = seeded(len(ids), 50, seed=seed + 1)
@@ -96,8 +98,8 @@ def test_equals_plain_llama_under_the_mask(seed, name, kv_heads):
 @pytest.mark.parametrize("aligner", ["", "v", "o", "f", "vo", "vf", "of"])
 def test_aligner_switches_leave_out_their_line(aligner):
     """Table 6's variants against the equations with that matrix removed, layer by layer."""
-    decoder = make_decoder(VisualPathConfig("eemllm", aligner), num_key_value_heads=4)
-    full = make_decoder(VisualPathConfig("eemllm"), num_key_value_heads=4)
+    decoder = make_decoder(make("eemllm", aligner=aligner), num_key_value_heads=4)
+    full = make_decoder(make("eemllm"), num_key_value_heads=4)
     ids, layout, V = random_layout(0)
     visual = seeded(V, 32)
     layer = decoder.layers[0]
@@ -108,7 +110,7 @@ def test_aligner_switches_leave_out_their_line(aligner):
     if "f" in aligner:
         expected = expected + layer.mlp(rms_norm(expected, layer.post_attention_layernorm.weight, 1e-5))
     h = layer.input_layernorm(visual)
-    got = decoder.path.align(layer, visual, h, layer.self_attn.v_proj(h).unflatten(-1, (-1, 8)))
+    got = layer.align(visual, h, layer.self_attn.v_proj(h).unflatten(-1, (-1, 8)))
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(decoder(ids, visual, layout), full(ids, visual, layout))
 
@@ -116,7 +118,7 @@ def test_aligner_switches_leave_out_their_line(aligner):
 @pytest.mark.parametrize("name", ["eemllm", "llava"])
 def test_last_layers_visual_rows_stop_at_keys_and_values(name):
     """Nothing reads the visual tokens after them: no query, O or FFN is computed."""
-    decoder = make_decoder(VisualPathConfig(name))
+    decoder = make_decoder(make(name))
     ids, layout, V = random_layout(0)
     rows = []
     last = decoder.layers[-1]
@@ -131,7 +133,7 @@ def test_last_layers_visual_rows_stop_at_keys_and_values(name):
 @pytest.mark.parametrize("name", ["eemllm", "llava"])
 def test_a_sample_moves_no_bit_of_another(name):
     """Logits and the gradients that reach a sample's own rows, when another sample's rows change."""
-    decoder = make_decoder(VisualPathConfig(name)).float()
+    decoder = make_decoder(make(name)).float()
     ids, layout, V = random_layout(0)
     visual = seeded(V, 32, dtype=torch.float32)
     changed_ids, changed_visual = ids.clone(), visual.clone()
@@ -155,13 +157,13 @@ def test_a_sample_moves_no_bit_of_another(name):
 @pytest.mark.parametrize("seed", range(6))
 def test_cached_equals_uncached(name, seed):
     """A prompt read at once and then token by token gives the rows of one full pass; samples may leave on the way."""
-    decoder = make_decoder(VisualPathConfig(name))
+    decoder = make_decoder(make(name))
     from layouts import HAND_MADE, random_samples
     from nanoeemllm.layout import build_layout
     samples, grids = random_samples(seed) if seed else map(list, zip(*HAND_MADE))
     samples, new = [s + [1] for s in samples], torch.randint(50, (len(samples), 5), generator=torch.Generator().manual_seed(seed))
     ids, layout = build_layout(samples, grids)
-    visual = seeded(len(layout.visual.position), 32, seed=seed)
+    visual = seeded(layout.num_visual, 32, seed=seed)
     full_ids, full_layout = build_layout([s + n.tolist() for s, n in zip(samples, new)], grids)
     full = decoder(full_ids, visual, full_layout)
 
@@ -171,7 +173,7 @@ def test_cached_equals_uncached(name, seed):
         alive = torch.arange(len(samples))
         for step in range(5):
             if step == 2 and len(alive) > 1:
-                cache.keep(torch.arange(1, len(alive)))
+                cache.select(torch.arange(1, len(alive)))
                 alive = alive[1:]
             hidden = decoder.decode(new[alive, step], cache)
             rows = full_layout.text.start[alive] + layout.text.length[alive] + step

@@ -1,4 +1,4 @@
-"""Answers: kept pictures, the static cache, stops, sampling."""
+"""Answers: encoded images, the static cache, stops, sampling."""
 
 import dataclasses
 from pathlib import Path
@@ -7,21 +7,21 @@ import pytest
 import torch
 
 from nanoeemllm.config import IMAGE_TOKEN as IMAGE
-from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
-from nanoeemllm.decoder import KVCache
-from nanoeemllm.generation import Sampling, Stop, choose, stream_text
+from nanoeemllm.cache import KVCache, gather_images
+from nanoeemllm.config import PRESETS, UserError
+from nanoeemllm.generate import Sampling, StopRule, choose, stream_text
 from nanoeemllm.layout import build_layout
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.pictures import gather
+from nanoeemllm.paths import make
 from nanoeemllm.prompt import Tokenizer
-from nanoeemllm.toy import make_tokenizer
+from nanoeemllm.toy.world import make_tokenizer
 from test_model import picture
 
 GOLDEN = Path(__file__).parent / "golden"
 COMPOSITE = ["eemllm", "naavit", "saisa", "flamingo"]
 LOOKING_AT_TEXT = ["llava", "eemllm-f", "yopo"]
-PATHS = {"eemllm-f": VisualPathConfig("eemllm-f", composite_layers=(1, 2)), "flamingo": VisualPathConfig("flamingo", every=2),
-         "yopo": VisualPathConfig("yopo", window=3, last_visual_layer=3, prune_heads=2)}
+PATHS = {"eemllm-f": make("eemllm-f", composite_layers=(1, 2)), "flamingo": make("flamingo", every=2),
+         "yopo": make("yopo", window=3, last_visual_layer=3, prune_heads=2)}
 IMAGES = [picture(1), picture(2, 30, 48), picture(3, 48, 24)]
 
 
@@ -29,7 +29,7 @@ def make_model(path="eemllm", dtype=torch.float32, layers=4, spread=8) -> EEMLLM
     """Weights wide enough that the picture matters to the answers."""
     tiny = PRESETS["tiny"]
     torch.manual_seed(0)
-    model = EEMLLM(dataclasses.replace(tiny, visual_path=PATHS.get(path, VisualPathConfig(path)),
+    model = EEMLLM(dataclasses.replace(tiny, visual_path=PATHS.get(path, make(path)),
                                        llama=dataclasses.replace(tiny.llama, num_hidden_layers=layers),
                                        vision=dataclasses.replace(tiny.vision, num_hidden_layers=1)))
     model.initialize()
@@ -52,15 +52,15 @@ PROMPTS = [  # ids and which of IMAGES stand in them
 def test_kept_pictures_give_the_logits_and_answers_of_images(path):
     """At any place, in any order and number; logits to 1e-4 in float32, greedy answers token for token."""
     model = make_model(path)
-    seen = model.see(IMAGES)
+    seen = model.encode_images(IMAGES)
     answers = []
     for ids, numbers in PROMPTS:
-        images, pictures = [IMAGES[n] for n in numbers], [seen[n] for n in numbers]
+        images, image_kv = [IMAGES[n] for n in numbers], [seen[n] for n in numbers]
         expected = model.logits(ids, images)
-        torch.testing.assert_close(model.logits(ids, pictures=pictures), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model.logits(ids, image_kv=image_kv), expected, rtol=0, atol=1e-4)
         answers.append(list(model.generate(ids, images, max_new_tokens=8)))
-        assert list(model.generate(ids, pictures=pictures, max_new_tokens=8)) == answers[-1]
-    together = model.generate_batch([ids for ids, _ in PROMPTS], pictures=[[seen[n] for n in ns] for _, ns in PROMPTS],
+        assert list(model.generate(ids, image_kv=image_kv, max_new_tokens=8)) == answers[-1]
+    together = model.generate_batch([ids for ids, _ in PROMPTS], image_kv=[[seen[n] for n in ns] for _, ns in PROMPTS],
                                     max_new_tokens=8)
     assert together == answers
     if path != "flamingo":                    # two queries of different pictures; its one-layer gate moves little
@@ -70,49 +70,49 @@ def test_kept_pictures_give_the_logits_and_answers_of_images(path):
 def test_kept_pictures_exactly():
     """In float64 turning a key and computing it at its place differ by the angles' float32 rounding alone."""
     model = make_model(dtype=torch.float64)
-    seen = model.see(IMAGES)
+    seen = model.encode_images(IMAGES)
     ids = [3] * 40 + [IMAGE, 5, IMAGE, 6]
     expected = model.logits(ids, IMAGES[:2])
-    assert (model.logits(ids, pictures=seen[:2]) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (model.logits(ids, image_kv=seen[:2]) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_questions_about_one_picture_share_its_keys():
     """Prompts with it at one place add no rows, and none are copied; at another place there is a second copy."""
     model = make_model()
-    seen = model.see(IMAGES)
+    seen = model.encode_images(IMAGES)
     n = len(seen[0].k[0])
-    def gathered(prompts, pictures):
-        _, layout = build_layout(prompts, [[p.grid for p in group] for group in pictures])
-        return gather(model.decoder, pictures, layout)
+    def gathered(prompts, image_kv):
+        _, layout = build_layout(prompts, [[p.grid for p in group] for group in image_kv])
+        return gather_images(model.decoder, image_kv, layout)
     many = gathered([[IMAGE, i, i] for i in range(50)], [[seen[0]]] * 50)
     assert [k.data_ptr() for k in many.k] == [k.data_ptr() for k in seen[0].k]
-    assert len(many.layout.visual.position) == n and many.layout.visual.start.tolist() == [0] * 50
+    assert len(many.k[0]) == n and many.layout.visual.start.tolist() == [0] * 50
     assert len(gathered([[IMAGE, 1], [1, IMAGE, 1], [2, IMAGE, 2]], [[seen[0]]] * 3).v[0]) == 2 * n
 
 
 def test_a_second_question_makes_nothing_of_visual_rows():
     model = make_model()
-    seen = model.see(IMAGES[:1])
+    seen = model.encode_images(IMAGES[:1])
     rows = []
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
-    list(model.generate([1, IMAGE, 5, 6], pictures=seen, max_new_tokens=2))
+    list(model.generate([1, IMAGE, 5, 6], image_kv=seen, max_new_tokens=2))
     assert max(rows) == 3 and len(seen[0].k[0]) > 3
 
 
 @pytest.mark.parametrize("path", LOOKING_AT_TEXT)
 def test_paths_that_look_at_text_say_why_they_cannot_keep(path):
     with pytest.raises(UserError, match="visual tokens look at the text"):
-        make_model(path).see(IMAGES)
+        make_model(path).encode_images(IMAGES)
 
 
 def test_pictures_must_fit_the_prompt():
     model = make_model()
     with pytest.raises(UserError, match="1 <image> in the text but 2 picture"):
-        list(model.generate([1, IMAGE, 2], pictures=model.see(IMAGES[:2])))
+        list(model.generate([1, IMAGE, 2], image_kv=model.encode_images(IMAGES[:2])))
     with pytest.raises(UserError, match="1 <image> in the text but 0 picture"):
-        list(model.generate([1, IMAGE, 2], pictures=[]))
+        list(model.generate([1, IMAGE, 2], image_kv=[]))
 
 
 # ---- the static cache ----
@@ -136,8 +136,8 @@ def test_a_static_cache_gives_the_same_answers_prompt_after_prompt(path):
         assert model.generate_batch(prompts, images, max_new_tokens=12, stop_ids=stop) == expected
         assert list(model.generate(prompts[3], images[3], max_new_tokens=12)) == free[3]
         assert model.spare_cache is cache
-        places.append([x.data_ptr() for x in (cache.k_text, cache.v_text, *cache.text[:3], *cache.visual[:3],
-                                              *cache.k_visual, *cache.v_visual, cache.next_position)])
+        places.append([x.data_ptr() for x in (cache.k_text, cache.v_text, cache.table,
+                                              *cache.k_visual, *cache.v_visual)])
     assert places[0] == places[1]
 
 
@@ -252,7 +252,7 @@ def test_temperature_and_repetition_penalty():
 
 
 @pytest.mark.parametrize("options, what", [
-    (dict(temperature=-0.1), "temperature is -0.1; it must be 0 or more"), (dict(temperature=float("nan")), "temperature is nan"),
+    (dict(temperature=-0.1), "temperature is -0.1; it must be from 0 to 1e6"), (dict(temperature=float("nan")), "temperature is nan"),
     (dict(top_k=-1), "top-k is -1"), (dict(top_p=0.0), "top-p is 0.0"), (dict(top_p=1.5), "top-p"), (dict(min_p=2.0), "min-p"),
     (dict(repetition_penalty=0.0), "repetition-penalty")])
 def test_sampling_options_out_of_range(options, what):
@@ -261,19 +261,19 @@ def test_sampling_options_out_of_range(options, what):
 
 
 def test_stop_without_strings_reads_no_text():
-    assert not Stop(frozenset({1})).said([1, 2, 3])
+    assert not StopRule(frozenset({1})).is_met([1, 2, 3])
     with pytest.raises(UserError, match="max-new-tokens is 0"):
         list(make_model().generate([1], max_new_tokens=0))
 
 
 def test_stop_strings_and_words_of_tokens_that_are_bytes():
     """A tokenizer that has only bytes for these characters: a window that begins within one must not hide the others."""
-    from convert_weights import read_tokenizer
+    from nanoeemllm.weights.published import read_tokenizer
     from nanoeemllm.evaluation.attention_map import words_of
     tokenizer = read_tokenizer(GOLDEN / "sources" / "vicuna")
     said = tokenizer.encode("the 猫犬鳥魚馬牛羊 sat")
-    stop = Stop(strings=("馬",), tokenizer=tokenizer)
-    ends = [n for n in range(1, len(said) + 1) if stop.said(said[:n])]
+    stop = StopRule(strings=("馬",), tokenizer=tokenizer)
+    ends = [n for n in range(1, len(said) + 1) if stop.is_met(said[:n])]
     assert "馬" in tokenizer.decode(said[:ends[0]]) and "馬" not in tokenizer.decode(said[:ends[0] - 1])
     words = words_of(tokenizer, said)
     assert [word for word, _ in words] == ["the", "猫犬鳥魚馬牛羊", "sat"]

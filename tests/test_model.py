@@ -8,26 +8,27 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from layouts import seeded
-from nanoeemllm.config import IMAGE_TOKEN, PRESETS, UserError, VisualPathConfig
+from layouts import random_layout, rows_of, seeded
+from nanoeemllm.config import IMAGE_TOKEN, PRESETS, UserError
 from nanoeemllm.data import Sample
-from nanoeemllm.image import prepare_image
+from nanoeemllm.data.images import prepare_image
 from nanoeemllm.layout import build_layout
 from nanoeemllm.model import EEMLLM, collate
+from nanoeemllm.paths import make
 from nanoeemllm.vision import VisionTransformer, position_index
 
 
 def make_model(path="eemllm", dtype=torch.float64) -> EEMLLM:
     torch.manual_seed(0)
     tiny = PRESETS["tiny"]
-    model = EEMLLM(dataclasses.replace(tiny, visual_path=VisualPathConfig(path),
+    model = EEMLLM(dataclasses.replace(tiny, visual_path=make(path),
                                        llama=dataclasses.replace(tiny.llama, num_hidden_layers=2),
                                        vision=dataclasses.replace(tiny.vision, num_hidden_layers=1)))
     model.initialize()
     return model.to(dtype)
 
 
-@pytest.mark.parametrize("path", [VisualPathConfig("eemllm"), VisualPathConfig("flamingo", every=1)], ids=["eemllm", "flamingo"])
+@pytest.mark.parametrize("path", [make("eemllm"), make("flamingo", every=1)], ids=["eemllm", "flamingo"])
 def test_initialize_sets_every_parameter(path):
     """What has no values yet gets all of them: norms 1 and gates 0, as in a model that was made in memory."""
     config = dataclasses.replace(PRESETS["tiny"], visual_path=path)
@@ -59,10 +60,24 @@ SAMPLES = [
 def test_positions_count_every_token_of_a_picture():
     ids, layout = build_layout([[1, 2, IMAGE_TOKEN, 3], [4]], [[(1, 3)], []])
     assert ids.tolist() == [1, 2, 3, 4]
-    assert layout.text.position.tolist() == [0, 1, 5, 0] and layout.visual.position.tolist() == [2, 3, 4]
-    assert layout.merge.tolist() == [0, 1, 4, 5, 6, 2, 3]
-    assert layout.merged.length.tolist() == [6, 1] and layout.merged.position.tolist() == [0, 1, 2, 3, 4, 5, 0]
-    assert layout.merge[layout.unmerge].tolist() == list(range(7))
+    assert layout.position.tolist() == [0, 1, 5, 0, 2, 3, 4]                # text rows first
+    assert layout.text.length.tolist() == [3, 1] and layout.visual.length.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_prefix_lengths_are_the_rule_by_positions(seed):
+    """Of every row of both kinds: how many keys of its sample have a position <= its own."""
+    _, layout, _ = random_layout(seed)
+    T = layout.num_text
+    for b in range(layout.num_samples):
+        t = rows_of(layout.text, b)
+        v = slice(*(T + bound for bound in (rows_of(layout.visual, b).start, rows_of(layout.visual, b).stop)))
+        for row in [*range(t.start, t.stop), *range(v.start, v.stop)]:
+            assert layout.sees_text[row] == (layout.position[t] <= layout.position[row]).sum()
+            assert layout.sees_visual[row] == (layout.position[v] <= layout.position[row]).sum()
+    for image in layout.images:
+        first = layout.position[T + image.rows.start]
+        assert (layout.position[image.before] < first).all() and (layout.position[image.after] > first).all()
 
 
 def test_more_or_fewer_pictures_than_images_is_an_error():
@@ -70,11 +85,11 @@ def test_more_or_fewer_pictures_than_images_is_an_error():
         build_layout([[IMAGE_TOKEN, 1, IMAGE_TOKEN]], [[(1, 1)]])
 
 
-def test_a_row_learns_the_token_behind_it_and_none_over_a_border():
+def test_a_rows_target_is_the_token_behind_it_and_none_over_a_border():
     """Not over a picture, where a visual row would have to say it; not over the end of a sample."""
     batch = collate(SAMPLES)
     assert batch.ids.tolist() == [1, 5, 6, 7, 1, 8, 9, 3, 4, 5, 2, 7]
-    assert batch.learned_rows.tolist() == [1, 2, 4, 5, 9] and batch.targets.tolist() == [6, 7, 8, 9, 2]
+    assert batch.target_rows.tolist() == [1, 2, 4, 5, 9] and batch.targets.tolist() == [6, 7, 8, 9, 2]
     assert batch.keys == ["a", "b", "c", "d"] and len(batch.layout.grids) == 3
 
 
@@ -147,3 +162,20 @@ def test_pictures_together_are_seen_as_alone(changes):
 def test_a_patch_takes_the_position_at_its_fraction_of_the_side():
     assert position_index([(4, 4)], 4).tolist() == list(range(16))
     assert position_index([(2, 3)], 70).tolist() == [r * 70 + c for r in (0, 35) for c in (0, 23, 46)]
+
+
+def test_images_and_ids_come_as_a_user_has_them(tmp_path):
+    from nanoeemllm.prompt import Tokenizer
+    from nanoeemllm.toy.world import make_tokenizer
+    model = make_model(dtype=torch.float32)
+    model.tokenizer = Tokenizer(make_tokenizer())
+    picture(1).save(tmp_path / "a.png")
+    text = "what is it ? <image> cat"
+    expected = model.logits(model.encode(text), [picture(1)])
+    assert torch.equal(model.logits(text, [tmp_path / "a.png"]), expected)
+    with open(tmp_path / "a.png", "rb") as file:
+        assert torch.equal(model.logits(text, [file]), expected)
+    for ids, images, what in ((7, [], "a string or a list"), ([1, "x"], [], "a string or a list"),
+                              (text, [3], "a PIL image, a path"), (text, "a.png", "must be a list")):
+        with pytest.raises(UserError, match=what):
+            model.logits(ids, images)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nanoeemllm.checkpoint import load
-from nanoeemllm.toy import WorldConfig, draw, make_scene
+from nanoeemllm import load
+from nanoeemllm.toy.world import WorldConfig, draw, make_scene
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,32 +13,35 @@ import torch
 import torch.nn.functional as F
 
 from layouts import HAND_MADE, random_layout, random_samples, rows_of, seeded
-from nanoeemllm.command_line import Parser, add_visual_path_flags, visual_path_from
-from nanoeemllm.config import LlamaConfig, ModelConfig, UserError, VisionConfig, VisualPathConfig
-from nanoeemllm.decoder import Decoder, KVCache
+from nanoeemllm.attention import empty_span
+from nanoeemllm.border.command import Parser
+from nanoeemllm.border.typed import read_config
+from nanoeemllm.cache import KVCache
+from nanoeemllm.config import LlamaConfig, ModelConfig, UserError, VisionConfig, VisualPath
+from nanoeemllm.decoder import Decoder
 from nanoeemllm.layout import build_layout
-from nanoeemllm.visual_path import learns_in_pretrain
+from nanoeemllm.paths import add_flags, from_args, is_new_weight, make
 from test_decoder import TINY, rms_norm
 
 FEATURES = 20                                                # width of the picture encoder's features, for saisa
 KEPT = ((0, 1, 2, 3), (1, 3), (2,))
 PATHS = {
-    "llava": VisualPathConfig("llava"),
-    "eemllm": VisualPathConfig("eemllm"),
-    "eemllm-f first": VisualPathConfig("eemllm-f", composite_layers=(0,)),
-    "eemllm-f later": VisualPathConfig("eemllm-f", composite_layers=(1, 2)),
-    "naavit": VisualPathConfig("naavit"),
-    "saisa": VisualPathConfig("saisa"),
-    "yopo": VisualPathConfig("yopo", window=3, last_visual_layer=2),
-    "yopo all layers": VisualPathConfig("yopo", window=5, ffn_ratio=3, last_visual_layer=3, prune_heads=3),
-    "yopo kept heads": VisualPathConfig("yopo", window=3, last_visual_layer=3, kept_heads=KEPT),
-    "yopo first layer": VisualPathConfig("yopo", last_visual_layer=1),
-    "flamingo 1": VisualPathConfig("flamingo", every=1),
-    "flamingo 2": VisualPathConfig("flamingo", every=2),
+    "llava": make("llava"),
+    "eemllm": make("eemllm"),
+    "eemllm-f first": make("eemllm-f", composite_layers=(0,)),
+    "eemllm-f later": make("eemllm-f", composite_layers=(1, 2)),
+    "naavit": make("naavit"),
+    "saisa": make("saisa"),
+    "yopo": make("yopo", window=3, last_visual_layer=2),
+    "yopo all layers": make("yopo", window=5, ffn_ratio=3, last_visual_layer=3, prune_heads=3),
+    "yopo kept heads": make("yopo", window=3, last_visual_layer=3, kept_heads=KEPT),
+    "yopo first layer": make("yopo", last_visual_layer=1),
+    "flamingo 1": make("flamingo", every=1),
+    "flamingo 2": make("flamingo", every=2),
 }
 
 
-def make_decoder(path: VisualPathConfig, kv_heads: int = 2, **changes) -> Decoder:
+def make_decoder(path: VisualPath, kv_heads: int = 2, **changes) -> Decoder:
     torch.manual_seed(1)
     decoder = Decoder(LlamaConfig(**{**TINY, "num_key_value_heads": kv_heads, **changes}), path, FEATURES).double()
     for p in decoder.parameters():
@@ -55,13 +58,13 @@ def visual_rows(decoder: Decoder, V: int, seed: int = 0) -> torch.Tensor:
 def merged_rows(layout, b: int, grids: list) -> list[tuple]:
     """A sample's rows in order: (position, picture or None, (y, x) or None, row in its own tensor)."""
     t, v = rows_of(layout.text, b), rows_of(layout.visual, b)
-    rows = [(int(layout.text.position[r]), None, None, r) for r in range(t.start, t.stop)]
+    rows = [(int(layout.position[r]), None, None, r) for r in range(t.start, t.stop)]
     patches = [(number, (y, x)) for number, (h, w) in enumerate(grids) for y in range(h) for x in range(w)]
-    rows += [(int(layout.visual.position[r]), *patch, r) for r, patch in zip(range(v.start, v.stop), patches)]
+    rows += [(int(layout.position[layout.num_text + r]), *patch, r) for r, patch in zip(range(v.start, v.stop), patches)]
     return sorted(rows)
 
 
-def sees(config: VisualPathConfig, llama: LlamaConfig, layer: int, head: int, query: tuple, key: tuple) -> bool:
+def sees(config: VisualPath, llama: LlamaConfig, layer: int, head: int, query: tuple, key: tuple) -> bool:
     """May this row see that one, in this layer and head?"""
     name = config.name
     if name == "eemllm-f":
@@ -110,7 +113,7 @@ def partial_swiglu(mlp, h, neurons):
     return (active * (torch.arange(active.shape[1]) < neurons)) @ mlp.down_proj.weight.T
 
 
-def slow(decoder: Decoder, config: VisualPathConfig, ids, visual, samples_grids, layout) -> torch.Tensor:
+def slow(decoder: Decoder, config: VisualPath, ids, visual, samples_grids, layout) -> torch.Tensor:
     """Hidden rows of the text (T, C)."""
     c, text, out = decoder.config, decoder.embed_tokens(ids), []
     for b in range(layout.num_samples):
@@ -171,7 +174,7 @@ def test_equals_the_slow_reference(seed, name, kv_heads):
     """Hidden rows, and the gradients of every weight and of what the pictures gave."""
     decoder = make_decoder(PATHS[name], kv_heads)
     ids, layout, grids = layout_of(seed)
-    visual = visual_rows(decoder, len(layout.visual.position), seed).requires_grad_()
+    visual = visual_rows(decoder, layout.num_visual, seed).requires_grad_()
     weight = seeded(len(ids), 32, seed=seed + 1)
     results = []
     for hidden in (decoder(ids, visual, layout), slow(decoder, PATHS[name], ids, visual, grids, layout)):
@@ -188,7 +191,7 @@ def test_equals_the_slow_reference(seed, name, kv_heads):
 def test_equals_the_slow_reference_in_float32(name):
     decoder = make_decoder(PATHS[name]).float()
     ids, layout, grids = layout_of(0)
-    visual = visual_rows(decoder, len(layout.visual.position))
+    visual = visual_rows(decoder, layout.num_visual)
     expected = slow(decoder.double(), PATHS[name], ids, visual, grids, layout)
     torch.testing.assert_close(decoder.float()(ids, visual.float(), layout).double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -202,7 +205,7 @@ def test_cached_equals_uncached(name, seed):
     samples = [s + [1] for s in samples]
     new = torch.randint(50, (len(samples), 4), generator=torch.Generator().manual_seed(seed))
     ids, layout = build_layout(samples, grids)
-    visual = visual_rows(decoder, len(layout.visual.position), seed)
+    visual = visual_rows(decoder, layout.num_visual, seed)
     full_ids, full_layout = build_layout([s + n.tolist() for s, n in zip(samples, new)], grids)
     for static in (False, True):
         with torch.no_grad():
@@ -213,7 +216,7 @@ def test_cached_equals_uncached(name, seed):
             alive = torch.arange(len(samples))
             for step in range(4):
                 if step == 2 and len(alive) > 1:
-                    cache.keep(torch.arange(1, len(alive)))
+                    cache.select(torch.arange(1, len(alive)))
                     alive = alive[1:]
                 hidden = decoder.decode(new[alive, step], cache)
                 rows = full_layout.text.start[alive] + layout.text.length[alive] + step
@@ -250,7 +253,7 @@ def test_recomputed_activations_give_the_same_gradients(name):
 def test_own_weights_learn_in_both_stages_and_have_their_names(name):
     decoder = make_decoder(PATHS[name])
     ids, layout, V = random_layout(0)
-    own = {n for n, _ in decoder.named_parameters() if learns_in_pretrain("decoder." + n)}
+    own = {n for n, _ in decoder.named_parameters() if is_new_weight("decoder." + n)}
     if name == "saisa":
         assert own == {f"layers.{i}.visual_projector.linear_{k}.{what}" for i in range(3) for k in (1, 2)
                        for what in ("weight", "bias")}
@@ -263,26 +266,26 @@ def test_own_weights_learn_in_both_stages_and_have_their_names(name):
 def test_flamingo_begins_as_the_language_model_alone():
     config = LlamaConfig(**TINY, num_key_value_heads=2)
     torch.manual_seed(0)
-    decoder = Decoder(config, VisualPathConfig("flamingo", every=1), FEATURES).double()
-    plain = Decoder(config, VisualPathConfig("eemllm")).double()
+    decoder = Decoder(config, make("flamingo", every=1), FEATURES).double()
+    plain = Decoder(config, make("eemllm")).double()
     plain.load_state_dict({n: p for n, p in decoder.state_dict().items() if ".cross." not in n})
     ids, layout, V = random_layout(0)
-    text_alone = dataclasses.replace(layout, visual=layout.visual._replace(
-        length=torch.zeros_like(layout.visual.length), max_length=0), grids=[])
+    text_alone = dataclasses.replace(layout, visual=empty_span(layout.visual), images=(),
+                                     sees_visual=torch.zeros_like(layout.sees_visual))
     torch.testing.assert_close(decoder(ids, seeded(V, 32), layout), plain(ids, seeded(V, 32), text_alone))
 
 
 def test_eemllm_f_is_llava_with_no_and_eemllm_with_every_layer():
     ids, layout, V = random_layout(0)
     rows = {name: make_decoder(config)(ids, seeded(V, 32), layout) for name, config in {
-        "llava": PATHS["llava"], "eemllm": PATHS["eemllm"], "none": VisualPathConfig("eemllm-f"),
-        "all": VisualPathConfig("eemllm-f", composite_layers=(0, 1, 2))}.items()}
+        "llava": PATHS["llava"], "eemllm": PATHS["eemllm"], "none": make("eemllm-f"),
+        "all": make("eemllm-f", composite_layers=(0, 1, 2))}.items()}
     torch.testing.assert_close(rows["none"], rows["llava"])
     torch.testing.assert_close(rows["all"], rows["eemllm"])
 
 
 def test_yopo_caches_the_heads_it_keeps_and_nothing_from_l_cut_on():
-    path = VisualPathConfig("yopo", last_visual_layer=2, kept_heads=((0, 1, 2, 3), (3,), (0,)))
+    path = make("yopo", last_visual_layer=2, kept_heads=((0, 1, 2, 3), (3,), (0,)))
     decoder = make_decoder(path, kv_heads=4)
     ids, layout, V = random_layout(0)
     cache = KVCache(decoder.config, layout, 1, torch.float64)
@@ -308,59 +311,77 @@ def test_what_a_path_leaves_out_is_not_computed():
 
 # ---- settings ----
 
-def flags(line: str):
+def config_of(path: VisualPath, others=()) -> ModelConfig:
+    llama = LlamaConfig(**{**TINY, "num_hidden_layers": 4}, num_key_value_heads=2)
+    return ModelConfig(llama, VisionConfig(), path, other_paths=others)
+
+
+def flags(line: str, base: ModelConfig | None = None):
     parser = Parser("")
-    add_visual_path_flags(parser)
-    return parser.parse_args(line.split())
+    add_flags(parser)
+    args = parser.parse_args(line.split())
+    return from_args(args, base or config_of(make("eemllm")))
 
 
 def test_flags_make_a_path_and_change_one():
-    assert visual_path_from(flags("")) == VisualPathConfig()
-    assert visual_path_from(flags("--visual-path eemllm-f --composite-layers 0,2-3")).composite_layers == (0, 2, 3)
-    yopo = visual_path_from(flags("--visual-path yopo --window 3 --ffn-ratio 4 --last-visual-layer 2 --prune-heads 1"))
-    assert yopo == VisualPathConfig("yopo", window=3, ffn_ratio=4, last_visual_layer=2, prune_heads=1)
-    assert visual_path_from(flags("--window 7"), yopo) == dataclasses.replace(yopo, window=7)
-    calibrated = dataclasses.replace(yopo, kept_heads=KEPT)
-    assert visual_path_from(flags("--window 7"), calibrated).kept_heads == KEPT
-    assert visual_path_from(flags("--prune-heads 2"), calibrated).kept_heads == ()
-    assert visual_path_from(flags("--prune-heads 1"), calibrated).kept_heads == KEPT
-    assert visual_path_from(flags("--visual-path eemllm"), calibrated).kept_heads == KEPT
+    assert flags("") == make("eemllm")
+    assert flags("--visual-path eemllm-f --composite-layers 0,2-3").composite_layers == (0, 2, 3)
+    yopo = flags("--visual-path yopo --window 3 --ffn-ratio 4 --last-visual-layer 2 --prune-heads 1")
+    assert yopo == make("yopo", window=3, ffn_ratio=4, last_visual_layer=2, prune_heads=1)
+    assert flags("--window 7", config_of(yopo)) == dataclasses.replace(yopo, window=7)
+    kept = (*KEPT, (0,))
+    calibrated = config_of(dataclasses.replace(yopo, kept_heads=kept))
+    assert flags("--window 7", calibrated).kept_heads == kept
+    assert flags("--prune-heads 2", calibrated).kept_heads == ()
+    assert flags("--prune-heads 1", calibrated).kept_heads == kept
+    # calibrated for weights whose own path is another
+    beside = config_of(make("llava"), (dataclasses.replace(yopo, kept_heads=kept),))
+    assert flags("", beside) == make("llava") and flags("--visual-path yopo", beside).kept_heads == kept
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_settings_come_back_from_json(name):
-    config = ModelConfig(LlamaConfig(**TINY, num_key_value_heads=2), VisionConfig(), PATHS[name])
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config = ModelConfig(LlamaConfig(**TINY, num_key_value_heads=2), VisionConfig(), PATHS[name],
+                         other_paths=(PATHS["yopo kept heads"],))
+    assert read_config(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize("settings, said", [
-    ({"name": "eemllm-f"}, "needs its composite layers"), ({"name": "flamingo", "every": 4}, "every 3 or less"),
-    ({"composite_layers": [3]}, "layers 0 to 2"), ({"last_visual_layer": 4}, "has 3 layers"),
-    ({"kept_heads": [[0]]}, "calibrate anew"), ({"kept_heads": [[0], [], [1]]}, "at least one"),
-    ({"kept_heads": [[0], [-1], [1]]}, "kept_heads"), ({"kept_heads": [[1, 0], [1], [1]]}, "rising"), ({"prune_heads": 4}, "at least one"), ({"window": 4}, "odd"),
-    ({"window": "5"}, "window"), ({"composite_layers": 3}, "must be a list"), ({"name": "lava"}, "known: llava"),
-    ({"ffn_ratio": 49}, "neurons"),
+    ({"name": "eemllm-f"}, "needs its composite layers"),
+    ({"name": "flamingo", "every": 4}, "every 3 or less"),
+    ({"name": "eemllm-f", "composite_layers": [3]}, "layers 0 to 2"),
+    ({"name": "yopo", "last_visual_layer": 4}, "has 3 layers"),
+    ({"name": "yopo", "kept_heads": [[0]]}, "calibrate anew"),
+    ({"name": "yopo", "kept_heads": [[0], [], [1]]}, "at least one"),
+    ({"name": "yopo", "kept_heads": [[0], [-1], [1]]}, "kept_heads"),
+    ({"name": "yopo", "kept_heads": [[1, 0], [1], [1]]}, "rising"),
+    ({"name": "yopo", "prune_heads": 4}, "at least one"), ({"name": "yopo", "window": 4}, "odd"),
+    ({"name": "yopo", "window": "5"}, "window"), ({"name": "lava"}, "known: llava"),
+    ({"name": "eemllm-f", "composite_layers": 3}, "must be a list"), ({"window": 5}, "with a name"),
+    ({"name": "yopo", "ffn_ratio": 49}, "neurons"), ({"name": "yopo", "bogus": 1}, "unknown key"),
 ])
 def test_settings_that_do_not_fit_are_refused(settings, said):
     whole = ModelConfig(LlamaConfig(**TINY, num_key_value_heads=2), VisionConfig()).to_dict()
     with pytest.raises(UserError, match=said):
-        ModelConfig.from_dict({**whole, "visual_path": settings})
+        read_config({**whole, "visual_path": settings})
 
 
 def test_flags_that_make_no_sense_are_refused():
-    for line in ("--composite-layers 3-", "--composite-layers a", "--composite-layers 3-1", "--composite-layers=", "--window 0",
-                 "--ffn-ratio -1", "--prune-heads -1"):
+    for line in ("--composite-layers 3-", "--composite-layers a", "--composite-layers 3-1",
+                 "--composite-layers=", "--window 0", "--ffn-ratio -1", "--prune-heads -1",
+                 "--composite-layers 0-999999999999"):
         with pytest.raises(UserError, match=line.split()[0].strip("=")):
             flags(line)
-    for line in ("--composite-layers 1", "--visual-path llava --aligner vf", "--visual-path yopo --every 2", "--prune-heads 0"):
+    for line in ("--composite-layers 1", "--visual-path llava --aligner vf",
+                 "--visual-path yopo --every 2", "--prune-heads 0"):
         with pytest.raises(UserError, match="is a setting of .*: add --visual-path"):
-            visual_path_from(flags(line))
+            flags(line)
 
 
 @pytest.mark.parametrize("aligner", ["v", "o", "vf", "of"])
 def test_an_aligner_that_does_not_fit_narrow_heads_is_refused(aligner):
     llama = LlamaConfig(**TINY | {"head_dim": 2}, num_key_value_heads=2)
     with pytest.raises(UserError, match="give both or none of v and o"):
-        VisualPathConfig("eemllm", aligner).check(llama)
-    for fits in (VisualPathConfig("eemllm"), VisualPathConfig("eemllm", "f"), VisualPathConfig("llava", aligner)):
+        make("eemllm", aligner=aligner).check(llama)
+    for fits in (make("eemllm"), make("eemllm", aligner="f"), make("llava")):
         fits.check(llama)

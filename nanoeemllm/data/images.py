@@ -39,6 +39,15 @@ def load_image(file) -> Image.Image:
         raise UserError(f"{where}: not a picture that can be read ({why})") from None
 
 
+def open_image(source) -> Image.Image:
+    """A PIL image as it is; a path or an open binary file is loaded."""
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, (str, Path)) or hasattr(source, "read"):
+        return load_image(source)
+    raise UserError(f"an image must be a PIL image, a path or an open file, not {source!r:.80}")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """First frame, upright, 8 bits a colour, transparency over white."""
     if not image.width or not image.height:

@@ -1,0 +1,337 @@
+"""The tiny world: images of 1 to 3 coloured things on white, captions, and questions.
+
+6 shapes x 6 colours x 9 places on a 3 x 3 grid, with a little jitter in place and size. Everything
+is a function of (seed, split, index), drawn on the fly:
+
+    train        scenes of trained colours and shapes, without the held-out ones
+    held-out     one scene in eight, which no training image and no training text shows
+    never-seen   every thing combines a colour and a shape that training never combines
+
+Three choices without which so small a model learns slowly or not at all:
+- Captions come in two word orders, by thing ("the cat is red at top-left.") and by place ("at
+  top-left a red cat."). A model learns to look up what is named first, and hardly anything else.
+- An answer begins with the word that is looked up ("top-left", not "at the top-left").
+- The ground is white, and so is the mean of the encoder's normalisation. Pixels are then 0 on the
+  ground and negative on a thing of any colour, so shapes are recognised in new colours.
+"""
+
+import base64
+import csv
+import functools
+import io
+import itertools
+import json
+import random
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tqdm import tqdm
+
+from nanoeemllm.config import UserError
+
+COLOURS = {"black": "#000000", "blue": "#0000ff", "green": "#00a000", "purple": "#a000c8",
+           "red": "#ff0000", "yellow": "#ffc800"}
+SHAPES = ("cat", "cross", "ring", "square", "star", "triangle")
+PLACES = "top-left top top-right left centre right bottom-left bottom bottom-right".split()
+NUMBERS = "no one two three four five six".split()
+# combinations that training lacks; every shape and every colour once
+NEVER_TRAINED = ("green cat", "blue cross", "purple ring", "red square", "black star",
+                 "yellow triangle")
+SPLITS = ("train", "held-out", "never-seen")
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """With 8-pixel patches, sizes 32, 48, 64 and 128 give 16, 36, 64 and 256 visual tokens."""
+    picture_size: int = 48
+    max_things: int = 3
+    hardness: int = 0               # 1: more jitter, and questions about relations
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 24 <= self.picture_size <= 4096:
+            raise UserError(f"picture size {self.picture_size}: give 24 to 4096 pixels a side")
+        if not 1 <= self.max_things <= len(SHAPES):
+            raise UserError(f"a picture holds 1 to {len(SHAPES)} things, not {self.max_things}")
+        if self.hardness not in (0, 1):
+            raise UserError(f"hardness {self.hardness} is not known; known: 0, 1")
+
+
+class Thing(NamedTuple):
+    shape: str
+    colour: str
+    place: int                      # 0..8, row-major
+    jitter: tuple                   # x, y, size; in sixteenths of a place's side
+
+
+Scene = list[Thing]                 # in alphabetical order of shapes
+
+
+# ---- scenes ----
+
+def make_scene(world: WorldConfig, split: str, index: int) -> Scene:
+    """Scene `index` of a split."""
+    assert split in SPLITS
+    rng = random.Random(f"{world.seed} {split} {index}")
+    reach = 1 + world.hardness
+    while True:                     # until the scene belongs to the split
+        number = rng.randint(1, world.max_things)
+        shapes = sorted(rng.sample(SHAPES, number))
+        places = rng.sample(range(len(PLACES)), number)
+        scene = []
+        for shape, place in zip(shapes, places):
+            never = split == "never-seen"
+            colours = [c for c in COLOURS if (f"{c} {shape}" in NEVER_TRAINED) == never]
+            colour = rng.choice(colours)
+            jitter = tuple(rng.randint(-reach, reach) for _ in range(3))
+            scene.append(Thing(shape, colour, place, jitter))
+        content = " ".join(f"{t.shape} {t.colour} {t.place}" for t in scene)
+        is_held_out = zlib.crc32(content.encode()) % 8 == 0     # whatever the seed and jitter
+        if split == "never-seen" or is_held_out == (split == "held-out"):
+            return scene
+
+
+# ---- images ----
+
+# Outlines in [-1, 1] x [-1, 1], y down: what to draw, 255 or 0 (a hole), coordinates x y x y ...
+OUTLINES = {
+    "cat": """polygon 255 -0.95 -1 -0.95 0.1 -0.1 -0.4
+              polygon 255 0.95 -1 0.95 0.1 0.1 -0.4
+              ellipse 255 -1 -0.6 1 1
+              ellipse 0 -0.62 -0.15 -0.22 0.25
+              ellipse 0 0.22 -0.15 0.62 0.25
+              polygon 0 -0.25 0.4 0.25 0.4 0 0.7""",
+    "cross": """rectangle 255 -0.3 -1 0.3 1
+                rectangle 255 -1 -0.3 1 0.3""",
+    "ring": """ellipse 255 -1 -1 1 1
+               ellipse 0 -0.5 -0.5 0.5 0.5""",
+    "square": "rectangle 255 -0.9 -0.9 0.9 0.9",
+    "star": "polygon 255 0 -1 0.264503 -0.264058 1.046162 -0.239919 0.427975 0.239058 0.646564"
+            " 0.989919 0 0.55 -0.646564 0.989919 -0.427975 0.239058 -1.046162 -0.239919"
+            " -0.264503 -0.264058",
+    "triangle": "polygon 255 0 -1 1 0.9 -1 0.9",
+}
+
+
+def draw(scene: Scene, size: int) -> Image.Image:
+    """RGB image of size x size. A thing fills about four fifths of its place."""
+    image = Image.new("RGB", (size, size), "white")
+    side = size / 3
+    for thing in scene:
+        dx, dy, grow = (j * side / 16 for j in thing.jitter)
+        sprite = _sprite(thing.shape, round(0.8 * side + grow))
+        row, column = divmod(thing.place, 3)
+        x = round((column + 0.5) * side + dx - sprite.width / 2)
+        y = round((row + 0.5) * side + dy - sprite.width / 2)
+        image.paste(COLOURS[thing.colour], (x, y), sprite)
+    return image
+
+
+@functools.cache
+def _sprite(shape: str, size: int) -> Image.Image:
+    """Coverage of a shape, size x size, 8 bit; drawn four times as large and averaged."""
+    n = 4 * size
+    mask = Image.new("L", (n, n))
+    pen = ImageDraw.Draw(mask)
+    for line in OUTLINES[shape].splitlines():
+        form, fill, *numbers = line.split()
+        points = [(float(x) + 1) * (n - 1) / 2 for x in numbers]
+        getattr(pen, form)(points, fill=int(fill))
+    return mask.resize((size, size), Image.Resampling.BOX)
+
+
+# ---- words ----
+
+SENTENCES = {"thing": "the {0} is {1} at {2}.", "place": "at {2} a {1} {0}."}       # word orders
+
+
+def sentence(thing: Thing, order: str) -> str:
+    return SENTENCES[order].format(thing.shape, thing.colour, PLACES[thing.place])
+
+
+def caption(scene: Scene, order: str) -> str:
+    """order "thing": alphabetical, "place": as one reads."""
+    if order == "place":
+        scene = sorted(scene, key=lambda thing: thing.place)
+    return " ".join(sentence(thing, order) for thing in scene)
+
+
+def description(scene: Scene, rng: random.Random) -> str:
+    """The scene in words for text-only samples: things in any order, each worded either way."""
+    things = rng.sample(scene, len(scene))
+    return " ".join(sentence(thing, rng.choice(("thing", "place"))) for thing in things)
+
+
+class Question(NamedTuple):
+    kind: str
+    question: str
+    answer: str
+
+
+def questions(scene: Scene, hardness: int = 0) -> list[Question]:
+    """Everything that can be asked about a scene."""
+    found = [Question("caption", "describe the picture thing by thing.", caption(scene, "thing")),
+             Question("caption", "describe the picture place by place.", caption(scene, "place")),
+             Question("how-many", "how many things are there?", NUMBERS[len(scene)])]
+    content = {thing.place: f"{thing.colour} {thing.shape}" for thing in scene}
+    for place, name in enumerate(PLACES):
+        answer = content.get(place, "nothing")
+        found.append(Question("what-is-at", f"what is at {name}?", answer))
+    for thing in scene:
+        found.append(Question("colour", f"what colour is the {thing.shape}?", thing.colour))
+        found.append(Question("where", f"where is the {thing.shape}?", PLACES[thing.place]))
+    shapes = [thing.shape for thing in scene]
+    for shape in SHAPES:
+        answer = "yes" if shape in shapes else "no"
+        found.append(Question("is-there", f"is there a {shape}?", answer))
+    for a, b in itertools.permutations(scene if hardness else [], 2):
+        rows, columns = zip(divmod(a.place, 3), divmod(b.place, 3))
+        for relation, (first, second) in (("left of", columns), ("above", rows)):
+            question = f"is the {a.shape} {relation} the {b.shape}?"
+            if first != second:
+                answer = "yes" if first < second else "no"
+                found.append(Question("relation", question, answer))
+    return found
+
+
+def _by_kind(scene: Scene, hardness: int) -> dict[str, tuple[list, list]]:
+    """kind -> questions answered by "nothing" or "no", and the others."""
+    kinds = {}
+    for q in questions(scene, hardness):
+        empty, full = kinds.setdefault(q.kind, ([], []))
+        (empty if q.answer in ("nothing", "no") else full).append(q)
+    return kinds
+
+
+def ask(scene: Scene, rng: random.Random, hardness: int = 0) -> list[Question]:
+    """A question of every kind, in random order. "nothing" and "no" are right half of the time at
+    most, though they answer most questions that can be asked."""
+    chosen = []
+    for groups in _by_kind(scene, hardness).values():
+        chosen.append(rng.choice(rng.choice(list(filter(None, groups)))))
+    rng.shuffle(chosen)
+    return chosen
+
+
+# at most so many questions of a kind with answers "nothing" or "no", and with others
+LESSON = {"caption": (0, 1), "how-many": (0, 1), "what-is-at": (1, 2), "colour": (0, 2),
+          "where": (0, 2), "is-there": (1, 1), "relation": (2, 2)}
+
+
+def lesson(scene: Scene, rng: random.Random, hardness: int = 0) -> list[Question]:
+    """The questions of a stage 2 conversation. Many short look-ups teach more a second than a long
+    caption, so every other conversation has none."""
+    chosen = []
+    for kind, groups in _by_kind(scene, hardness).items():
+        if kind == "caption" and rng.random() >= 0.5:
+            continue
+        for group, most in zip(groups, LESSON[kind]):
+            chosen += rng.sample(group, min(most, len(group)))
+    rng.shuffle(chosen)
+    return chosen
+
+
+class ToyDataset:
+    """`length` conversations in LLaVA's form, "image" a PIL image.
+
+    kind "caption": an image and a caption (stage 1). "conversation": an image and a lesson's
+    questions (stage 2). "text": a description of the scene and a question of every kind, no image
+    (what the tiny Llama learns language from).
+    """
+
+    def __init__(self, world: WorldConfig, split: str, kind: str, length: int = 100_000):
+        assert kind in ("caption", "conversation", "text")
+        self.world, self.split, self.kind, self.length = world, split, kind, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> dict:
+        scene = make_scene(self.world, self.split, i)
+        rng = random.Random(f"{self.world.seed} {self.split} {i} {self.kind}")
+        item = {"id": f"{self.split}-{i}"}
+        if self.kind == "text":
+            first = description(scene, rng) + "\n"
+            asked = ask(scene, rng, self.world.hardness)
+        else:
+            item["image"] = draw(scene, self.world.picture_size)
+            if self.kind == "caption":
+                first = "<image>"
+                asked = [Question("caption", "", caption(scene, rng.choice(("thing", "place"))))]
+            else:
+                first = "<image>\n"
+                asked = lesson(scene, rng, self.world.hardness)
+        turns = item["conversations"] = []
+        for q in asked:
+            turns.append({"from": "human", "value": q.question if turns else first + q.question})
+            turns.append({"from": "gpt", "value": q.answer})
+        return item
+
+
+def make_tokenizer(extra_words: str = "") -> Tokenizer:
+    """Word-level, lower case: the words of the world and `extra_words` (a chat template's).
+
+    "top-left" is one word, so that no place shares words with another. The newline is a word: a
+    text token between an image and its caption has to predict the caption's first word.
+    """
+    scene = list(map(Thing, SHAPES, COLOURS, range(6), range(6)))
+    texts = [f"{q.question} {q.answer}" for q in questions(scene, hardness=1)]
+    text = " ".join([*texts, *NUMBERS, "nothing no \n", extra_words]).lower()
+    splitter = pre_tokenizers.Split(Regex(r"\n|[\w-]+|[^\w\s]"), "removed", invert=True)
+    words = sorted({word for word, _ in splitter.pre_tokenize_str(text)})
+    special = ["<unk>", "<s>", "</s>"]
+    vocabulary = {word: i for i, word in enumerate(special + words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)        # no space before a full stop
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+# ---- exams, files ----
+
+def exam(world: WorldConfig, split: str, n: int) -> list[dict]:
+    """n questions with exact answers as rows of a benchmark file, "image" a PIL image: one of every
+    kind about image after image."""
+    rows = []
+    for index in itertools.count():
+        scene = make_scene(world, split, index)
+        image = draw(scene, world.picture_size)
+        number = f"{NUMBERS[len(scene)]} in the picture"
+        rng = random.Random(f"{world.seed} {split} {index} exam")
+        for kind, question, answer in ask(scene, rng, world.hardness):
+            rows.append({"image": image, "question": question, "answer": answer, "category": kind,
+                         "l2-category": number, "split": split})
+        if len(rows) >= n:
+            return rows[:n]
+
+
+def export_llava(world: WorldConfig, folder: Path, n: int, split: str = "train"):
+    """folder/pretrain.json, folder/finetune.json (LLaVA's lists), and the n images of both."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for name, kind in (("pretrain", "caption"), ("finetune", "conversation")):
+        dataset, data = ToyDataset(world, split, kind), []
+        for i in tqdm(range(n), name, leave=False):
+            item = dataset[i]
+            file = f"{item['id']}.png"
+            item["image"].save(folder / "images" / file)
+            data.append(item | {"image": file})
+        (folder / f"{name}.json").write_text(json.dumps(data, indent=1))
+
+
+def export_tsv(world: WorldConfig, file: Path, n: int, split: str = "held-out"):
+    """n rows with VLMEvalKit's columns, answers to be met exactly."""
+    columns = "index image question answer category l2-category split".split()
+    with open(file, "w", newline="") as out:
+        rows = csv.DictWriter(out, columns, delimiter="\t", lineterminator="\n")
+        rows.writeheader()
+        for index, row in enumerate(exam(world, split, n)):
+            png = io.BytesIO()
+            row["image"].save(png, "PNG")
+            image = base64.b64encode(png.getvalue()).decode()
+            rows.writerow(row | {"index": index, "image": image})

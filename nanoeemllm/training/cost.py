@@ -1,0 +1,150 @@
+"""What a pass costs, by running the real model on the `meta` device, where tensors have shapes and
+no values: operations from PyTorch's FlopCounterMode, bytes saved for the backward pass from
+saved_tensors_hooks. So no formula has to know a visual path.
+
+A multiplication and its addition are two operations; only matrix products count. Attention counts
+the pairs in which the query sees the key, which is what kernels compute; the papers count whole
+rectangles (`rectangles=True`). Samples are given as (text tokens, [visual tokens of each image]);
+images stand in front, behind one text token.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from nanoeemllm import kernels  # noqa: F401  whose ops are counted below
+from nanoeemllm.attention import compute, use_attention
+from nanoeemllm.config import IMAGE_TOKEN, ModelConfig
+from nanoeemllm.layout import build_layout
+from nanoeemllm.model import EEMLLM, Batch
+from nanoeemllm.training.config import freeze
+
+Samples = list[tuple[int, list[int]]]
+
+
+@register_flop_formula(torch.ops.nanoeemllm.attend, get_raw=True)
+def attend_operations(q, k_visual, v_visual, k_text, v_text, tables, *args, **kwargs) -> int:
+    """Two products, q k^T and p v, over the pairs that the two tables of counts hold."""
+    return 4 * int(tables[6].sum() + tables[7].sum()) * q.shape[1] * q.shape[2]
+
+
+@register_flop_formula(torch.ops.nanoeemllm.attend_backward, get_raw=True)
+def attend_backward_operations(dout, out, lse, q, k_visual, v_visual, k_text, v_text, tables, *args,
+                               **kwargs) -> int:
+    """Each of the two products has two gradients. Scores that a kernel computes again are, like
+    other recomputation, not counted."""
+    return 2 * attend_operations(q, k_visual, v_visual, k_text, v_text, tables)
+
+
+def operations(config: ModelConfig, samples: Samples, stage: str | None = None,
+               rectangles: bool = False) -> tuple[float, float]:
+    """(the language model's, those of encoder and projector) of a prefill, with the logits of one
+    row a sample; with a stage, of a training step."""
+    hidden_pairs = 0
+
+    def count_rectangle(q, keys, sees):
+        nonlocal hidden_pairs
+        length = sees.visual.length.long() + sees.text.length
+        pairs = (sees.query.length * length).sum() - sees.sees_visual.sum() - sees.sees_text.sum()
+        hidden_pairs += 4 * int(pairs) * q.shape[1] * q.shape[2]
+        return compute(q, keys, sees)
+
+    with (use_attention(count_rectangle) if rectangles else contextlib.nullcontext(),
+          FlopCounterMode(display=False) as counted):
+        run(config, samples, stage, False, len(samples))
+    counts = counted.get_flop_counts()
+    encoder = sum(sum(counts.get(part, {}).values()) for part in ("EEMLLM.vision", "EEMLLM.projector"))
+    return counted.get_total_flops() + hidden_pairs - encoder, encoder
+
+
+def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_activations: bool,
+        target_rows: int, save: Callable | None = None):
+    """A forward pass on meta; with a stage a backward pass as well. save: is called with every
+    tensor that is saved for it."""
+    model = meta_model(config)
+    ids, layout = build_layout([[1] + [IMAGE_TOKEN] * len(visual) + [1] * (text - 1)
+                                for text, visual in samples], [grids(config, v) for _, v in samples])
+    patch_dim = config.vision.patch_dim if config.vision else 0
+    rows = torch.zeros(target_rows, dtype=torch.long, device="meta")
+    batch = Batch(ids.to("meta"), layout, torch.empty(layout.num_visual, patch_dim, device="meta"),
+                  rows, rows, [])
+    model.decoder.checkpoint_activations = checkpoint_activations
+    if stage is None:
+        with torch.no_grad():
+            model(batch)
+        return
+    freeze(model, stage)
+
+    def pack(x):
+        if save is not None:
+            save(x)
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        loss = model(batch)
+    loss.backward()
+    model.zero_grad()
+
+
+def grids(config: ModelConfig, visual: list[int]) -> list[tuple[int, int]]:
+    side = config.vision.grid_size if config.vision else 0
+    return [(side, side) if n == side ** 2 else (1, n) for n in visual]
+
+
+@functools.lru_cache(maxsize=4)
+def meta_model(config: ModelConfig) -> EEMLLM:
+    with torch.device("meta"):
+        return EEMLLM(config).to(torch.bfloat16)
+
+
+def step(config: ModelConfig, samples: Samples, stage: str, checkpoint_activations: bool,
+         target_rows: int) -> tuple[float, float]:
+    """(operations, bytes saved for the backward pass) of a training step, the latter at the end of
+    the forward pass: each storage once, without the weights."""
+    weights = {p.untyped_storage()._cdata for p in meta_model(config).parameters()}
+    saved = {}                                # storages, held so that none is counted under two names
+
+    def save(x):
+        storage = x.untyped_storage()
+        if storage._cdata not in weights and x.is_meta:
+            saved[storage._cdata] = storage
+
+    with FlopCounterMode(display=False) as counted:
+        run(config, samples, stage, checkpoint_activations, target_rows, save)
+    return counted.get_total_flops(), sum(storage.nbytes() for storage in saved.values())
+
+
+@functools.lru_cache(maxsize=4)
+def sample_cost(config: ModelConfig) -> Callable[[int, int], float]:
+    """Training work of a sample, in units of one text token's: f(text tokens, visual tokens).
+
+    The frozen encoder runs forward, the rest forward and backward, three times as much. Work is a
+    polynomial in both numbers, of the second degree, so that a few passes give it exactly.
+    """
+    has_one_size = config.vision and config.vision.architecture == "clip"
+    image = config.vision.grid_size ** 2 if has_one_size else 64
+    points = [(2, 0), (16, 0), (40, 0)]
+    if config.vision:
+        points += [(2, image), (16, image), (2, 2 * image)]
+
+    def terms(text: int, visual: int) -> list[float]:
+        return [1, text, text * text, visual, text * visual, visual * visual][:len(points)]
+
+    work = []
+    for text, visual in points:
+        images = [image] * (visual // image) if has_one_size else [visual] * bool(visual)
+        language, encoder = operations(config, [(text, images)])
+        work.append(3 * language + encoder)
+    matrix = np.array([terms(*point) for point in points], dtype=float)
+    scale = matrix.max(axis=0).clip(min=1)
+    found = np.linalg.lstsq(matrix / scale, np.array(work), rcond=None)[0] / scale
+
+    @functools.lru_cache(65536)               # many samples have the same lengths
+    def cost(text: int, visual: int) -> float:
+        return float(found @ terms(text, visual) / (found @ terms(1, 0)))
+    return cost
