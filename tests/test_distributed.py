@@ -10,9 +10,10 @@ from torch.distributed.fsdp import FSDPModule
 from nanoeemllm import checkpoint
 from nanoeemllm.config import VISUAL_PATHS
 from nanoeemllm.data import Loader, Packed
-from nanoeemllm.distributed import save_model, spread
 from nanoeemllm.model import collate
-from nanoeemllm.training import Stopped, accumulate
+from nanoeemllm.training.distributed import save_model, shard_model
+from nanoeemllm.training.step import Stopped
+from train import accumulate
 from tiny_run import ALONE, Talks, encode, gradients, in_processes, metrics, tensors, tiny_model, tiny_plan, tiny_run
 
 STAGES, PATHS = ("pretrain", "finetune"), ("eemllm", "llava")
@@ -49,9 +50,9 @@ def test_two_processes_see_the_losses_of_one_and_leave_the_same_model(tmp_path):
 def save_gradients(group, file, budget, checkpointed=False):
     model = tiny_model()
     model.decoder.checkpoint_activations = checkpointed
-    spread(model, group)
-    seen, _ = accumulate(model, Loader(tiny_plan(budget=budget), encode, 0, 1, group.rank, group.size), "finetune")
-    learned = seen.over(group).learned
+    shard_model(model, group)
+    seen, _ = accumulate(model, Loader(tiny_plan(budget=budget), encode, 0, 1, group.rank, group.size), backward=True)
+    learned = seen.over(group).targets
     found = {name: grad * group.size / learned for name, grad in gradients(model).items()}
     if group.is_first:
         torch.save(found, file)
@@ -83,8 +84,8 @@ def one_rank_without_pictures(group, folder):
     for stage in STAGES:
         for path in VISUAL_PATHS:
             model = tiny_model(path, stage, **SETTINGS.get(path, {}))
-            spread(model, group)
-            accumulate(model, [packed], stage)
+            shard_model(model, group)
+            accumulate(model, [packed], backward=True)
             found = {name: grad * group.size for name, grad in gradients(model).items()}
             if group.is_first:
                 torch.save(found, folder / f"{stage}-{path}-{group.size}")
@@ -107,14 +108,14 @@ def in_bfloat16(group, folder):
     began = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         p.data = p.data.half() if name.startswith("vision.") else p.data.bfloat16()      # as published folders may be
-    stored = spread(model, group, torch.bfloat16)
+    stored = shard_model(model, group, torch.bfloat16)
     for name, p in model.named_parameters():
         assert p.dtype == (torch.bfloat16 if name.startswith("vision.") else torch.float32)
-    seen, _ = accumulate(model, Loader(tiny_plan(), encode, 0, 1, group.rank, group.size), "finetune")
+    seen, _ = accumulate(model, Loader(tiny_plan(), encode, 0, 1, group.rank, group.size), backward=True)
     found = gradients(model)
     assert {g.dtype for g in found.values()} == {torch.float32}
     whole = tiny_model()
-    exact, _ = accumulate(whole, Loader(tiny_plan(), encode, 0, 1), "finetune")
+    exact, _ = accumulate(whole, Loader(tiny_plan(), encode, 0, 1), backward=True)
     assert seen.over(group).mean_loss == pytest.approx(exact.mean_loss, rel=0.02)
     for name, grad in gradients(whole).items():
         error = (found[name] * group.size - grad).norm() / grad.norm()

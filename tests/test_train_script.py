@@ -12,7 +12,6 @@ import train
 from nanoeemllm import checkpoint
 from nanoeemllm.config import UserError
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.run import Run
 from nanoeemllm.toy import WorldConfig, export_llava
 from tiny_run import tiny_model
 
@@ -133,12 +132,12 @@ def test_a_finished_run_outlives_a_mistake_with_force(world, tmp_path):
 
 
 def test_a_signal_in_the_last_step_stops_after_the_stage(world, tmp_path, monkeypatch, capsys):
-    inner = Run.save
+    inner = RunFolder.save
 
     def save(self, step, state):
         inner(self, step, state)
         os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(Run, "save", save)
+    monkeypatch.setattr(RunFolder, "save", save)
     on_files(world, tmp_path, "pretrain", "--init", world / "start", "--steps", 2)
     assert "pretrain is finished and saved: run the same command with --resume" in capsys.readouterr().out
     assert (tmp_path / "pretrain" / "config.json").exists() and (tmp_path / "pretrain-run" / "finished").exists()

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from nanoeemllm import checkpoint, training
+from nanoeemllm import checkpoint
 from nanoeemllm.config import IMAGE_TOKEN, UserError
 from nanoeemllm.data import Loader, Packed, Sample
-from nanoeemllm.distributed import is_whole
 from nanoeemllm.model import collate
-from nanoeemllm.run import Run
-from nanoeemllm.training import Seen, TrainConfig, accumulate, learning_rate
+from nanoeemllm.training.config import TrainConfig, learning_rate
+from nanoeemllm.training.distributed import is_whole
+from nanoeemllm.training.run_folder import RunFolder
+from nanoeemllm.training.step import OnOneProcess, StepMetrics, Stopped
+from train import accumulate
 from tiny_run import (ALONE, Talks, encode, gradients, in_processes, metrics, start, tensors, tiny_config, tiny_model,
                       tiny_plan, tiny_run)
 
@@ -30,8 +32,8 @@ def test_gradients_equal_an_unpacked_loop_in_float64(stage, path, settings):
     """A sample at a time, its loss written out over all of its logits."""
     packed = list(Loader(tiny_plan(budget=3), encode, 0, 1))
     model = tiny_model(path, stage, **settings).double()
-    seen, _ = accumulate(model, packed, stage)
-    found = {name: grad / seen.learned for name, grad in gradients(model).items()}
+    seen, _ = accumulate(model, packed, backward=True)
+    found = {name: grad / seen.targets for name, grad in gradients(model).items()}
 
     slow = tiny_model(path, stage, **settings).double()
     total, count = 0.0, 0
@@ -40,13 +42,13 @@ def test_gradients_equal_an_unpacked_loop_in_float64(stage, path, settings):
         batch = collate([sample])
         hidden = slow.decoder(batch.ids, slow.visual_tokens(batch.patches, batch.layout.grids), batch.layout)
         log_p = slow.decoder.logits(hidden).log_softmax(-1)
-        words = [(i, learned) for i, learned in zip(sample.ids, sample.learned) if i != IMAGE_TOKEN]
+        words = [(i, learned) for i, learned in zip(sample.ids, sample.loss_mask) if i != IMAGE_TOKEN]
         for row, (word, learned) in enumerate(words[1:]):
             if learned:
                 total, count = total - log_p[row, word], count + 1
     (total / count).backward()
 
-    assert count == seen.learned and seen.mean_loss == pytest.approx((total / count).item(), rel=1e-6)
+    assert count == seen.targets and seen.mean_loss == pytest.approx((total / count).item(), rel=1e-6)
     expected = gradients(slow)
     assert found.keys() == expected.keys() == {name for name, p in slow.named_parameters() if p.requires_grad}
     for name in found:
@@ -173,7 +175,7 @@ def test_resuming_is_bit_identical_and_keeps_two_checkpoints(tmp_path):
                     os.kill(os.getpid(), signal.SIGINT)
                 yield p
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(training.Stopped, match="after step 11 of 20.*--resume"):
+    with pytest.raises(Stopped, match="after step 11 of 20.*--resume"):
         tiny_run(tmp_path / "stopped", steps=20, loader=Interrupted)
     assert signal.getsignal(signal.SIGINT) is before
     run = tiny_run(tmp_path / "stopped", steps=20, resume=True)
@@ -189,7 +191,7 @@ def test_a_checkpoint_cut_short_is_recognised_and_the_one_before_it_used(tmp_pat
     newest = run.checkpoints / "step-00000008"
     file = max(newest.iterdir(), key=lambda f: f.stat().st_size)
     os.truncate(file, file.stat().st_size - 100)
-    assert not is_whole(newest) and is_whole(run.checkpoints / "step-00000006")
+    assert not is_whole(newest, ALONE) and is_whole(run.checkpoints / "step-00000006", ALONE)
     with open(run.metrics, "a") as file:
         file.write('{"step": 9, "lo')                                    # a line cut short
     tiny_run(tmp_path / "cut", resume=True)
@@ -227,11 +229,11 @@ def test_other_settings_are_named_and_nothing_is_overwritten(tmp_path):
     tiny_run(tmp_path, steps=2)
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
     with pytest.raises(UserError, match="learning_rate was 0.01 and is now 0.5"):
-        Run(tmp_path / "run", settings | {"learning_rate": 0.5}, ALONE, resume=True, force=True)
+        RunFolder(tmp_path / "run", settings | {"learning_rate": 0.5}, ALONE, resume=True, force=True)
     with pytest.raises(UserError, match="holds a run already.*--resume.*--force"):
-        Run(tmp_path / "run", settings, ALONE, resume=False)
+        RunFolder(tmp_path / "run", settings, ALONE, resume=False)
     assert len(metrics(tmp_path)) == 2
-    Run(tmp_path / "run", settings, ALONE, resume=False, force=True)
+    RunFolder(tmp_path / "run", settings, ALONE, resume=False, force=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -275,9 +277,9 @@ def test_a_micro_batch_of_broken_samples_counts_for_nothing():
     packed = list(Loader(plan, encode, 0, 1))
     assert sum(not p.keys for p in packed) == 3
     model, other = tiny_model(), tiny_model()
-    seen, _ = accumulate(model, packed, "finetune")
-    expected, _ = accumulate(other, [p for p in packed if p.keys], "finetune")
-    assert seen.bad == 3 and (seen.loss, seen.learned) == (expected.loss, expected.learned)
+    seen, _ = accumulate(model, packed, backward=True)
+    expected, _ = accumulate(other, [p for p in packed if p.keys], backward=True)
+    assert seen.bad == 3 and (seen.loss, seen.targets) == (expected.loss, expected.targets)
     found, whole = gradients(model), gradients(other)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
@@ -286,7 +288,7 @@ def test_a_micro_batch_of_broken_samples_counts_for_nothing():
 def test_a_step_without_anything_to_learn_is_a_step_of_zero(stage):
     nothing = Packed(0, True, collate([Sample([0], [False], [], "")]), [], [("x", "broken")], 0)
     model = tiny_model(stage=stage)
-    seen, _ = accumulate(model, [nothing], stage)
+    seen, _ = accumulate(model, [nothing], backward=True)
     assert seen.mean_loss == 0 and all((grad == 0).all() for grad in gradients(model).values())
     assert gradients(model).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
 
@@ -309,15 +311,15 @@ def test_out_of_memory_says_what_was_computed_and_what_to_lower(tmp_path, monkey
         raise torch.OutOfMemoryError("CUDA out of memory")
     model = tiny_model()
     monkeypatch.setattr(model.decoder, "logits", full)
-    with pytest.raises(training.OnOneProcess, match=r"out of memory at step 1, in a micro-batch of 8 samples with [\d,]+ text and "
+    with pytest.raises(OnOneProcess, match=r"out of memory at step 1, in a micro-batch of 8 samples with [\d,]+ text and "
                        r"[\d,]+ visual tokens: lower --micro-batch-tokens .*--checkpoint-activations"):
         tiny_run(tmp_path, model=model)
     broken = nn.Linear(1, 1)
     monkeypatch.setattr(model.decoder, "logits", lambda *_: broken(torch.zeros(2, 3)))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):       # any other error stays what it is
-        accumulate(model, Loader(tiny_plan(), encode, 0, 1), "finetune")
+        accumulate(model, Loader(tiny_plan(), encode, 0, 1), backward=True)
 
 
 def test_seen_sums_over_processes():
-    seen = Seen(loss=6.0, learned=3.0)
-    assert seen.over(ALONE) == seen and seen.mean_loss == 2.0 and Seen().mean_loss == 0.0
+    seen = StepMetrics(loss=6.0, targets=3.0)
+    assert seen.over(ALONE) == seen and seen.mean_loss == 2.0 and StepMetrics().mean_loss == 0.0

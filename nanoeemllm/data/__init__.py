@@ -1,0 +1,9 @@
+"""From conversations in files to packed micro-batches. See README.md."""
+
+from nanoeemllm.data.conversations import ConversationFile
+from nanoeemllm.data.loading import Loader, Packed
+from nanoeemllm.data.packing import (Mixture, Plan, Sample, count_tokens, encode_sample,
+                                     open_mixture, patch_grid)
+
+__all__ = ["ConversationFile", "Loader", "Mixture", "Packed", "Plan", "Sample", "count_tokens",
+           "encode_sample", "open_mixture", "patch_grid"]

@@ -1,0 +1,181 @@
+"""Conversations on disk: LLaVA's JSON, a list or one object a line, indexed once, read when needed.
+
+    [{"id": "7", "image": "coco/7.jpg",
+      "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                        {"from": "gpt", "value": "A cat."}]}, ...]
+
+"image" may be absent (text alone) or a list, one name for each <image> in the text.
+"""
+
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanoeemllm.border.files import open_regular, quoted, within
+from nanoeemllm.config import UserError
+from nanoeemllm.prompt import IMAGE_TEXT
+
+CHUNK = 16 << 20      # bytes read at once from a JSON list
+
+
+class ConversationFile:
+    """Element i is conversation i, with whole paths of its images.
+
+    Opening reads the file once, object by object, and keeps only where each lies (16 bytes each).
+    What can be checked without decoding images is checked here: conversations that cannot be used
+    are left out and listed in `problems`, [(line or id, reason), ...]. Raises UserError for a file
+    that is no such JSON or has nothing usable.
+    """
+
+    def __init__(self, path: str | Path, images: str | Path | None = None, progress: bool = True):
+        self.path, self.images = Path(path), None if images is None else Path(images)
+        if images is not None and not self.images.is_dir():
+            raise UserError(f"{quoted(images)}: no such folder; --images names the folder of pictures")
+        self.problems: list[tuple[str, str]] = []
+        self._bounds, self._number = array("q"), array("q")   # first, last byte; place in the file
+        with open_regular(path) as file:
+            bar = tqdm(desc=f"indexing {self.path.name}", total=os.fstat(file.fileno()).st_size,
+                       unit="B", unit_scale=True, disable=None if progress else True)
+            for number, (start, end, where, entry) in enumerate(_entries(file), start=1):
+                problem = entry if isinstance(entry, str) else find_problem(entry, self.images)
+                if problem:
+                    self.problems.append((where, problem))
+                else:
+                    self._bounds.extend((start, end))
+                    self._number.append(number)
+                bar.update(end - bar.n)
+            bar.close()
+        if not self._number:
+            why = " ({}: {})".format(*self.problems[0]) if self.problems else ""
+            raise UserError(f"{quoted(path)}: not one conversation that can be used{why}")
+
+    def __len__(self) -> int:
+        return len(self._number)
+
+    def __getitem__(self, i: int) -> dict:
+        start, end = self._bounds[2 * i:2 * i + 2]
+        with open(self.path, "rb") as file:      # anew: processes must not share a file position
+            file.seek(start)
+            entry = json.loads(file.read(end - start))
+        return entry | {"id": str(entry.get("id", f"{self.path.name}:{self._number[i]}")),
+                        "image": [str(self.images / name) for name in image_names(entry)]}
+
+    def describe_problems(self, shown: int = 10) -> list[str]:
+        """Lines for the user: how many conversations are unusable, and the first of them."""
+        if not self.problems:
+            return []
+        count, total = len(self.problems), len(self) + len(self.problems)
+        lines = [f"{quoted(self.path)}: {count:,} of {total:,} conversations cannot be used and "
+                 "are left out:"]
+        lines += [f"  {where}: {reason}" for where, reason in self.problems[:shown]]
+        return lines + [f"  ... and {count - shown:,} more"] * (count > shown)
+
+
+def _entries(file) -> Iterator[tuple[int, int, str, object]]:
+    """(first byte, last byte, line or id, the object or, as a string, why there is none)."""
+    head = file.read(1024)
+    start = len(head) - len(head.lstrip(b"\xef\xbb\xbf \t\r\n"))
+    file.seek(start)
+    if head[start:start + 1] == b"[":
+        return _list_entries(file)
+    if head[start:start + 1] == b"{":
+        return _line_entries(file)
+    raise _not_conversations(file)
+
+
+def _not_conversations(file, why: str = "") -> UserError:
+    return UserError(f"{quoted(file.name)}: neither a JSON list of conversations nor one JSON object "
+                     f"a line{why}")
+
+
+def _line_entries(file) -> Iterator[tuple[int, int, str, object]]:
+    start = file.tell()
+    for number, line in enumerate(file, start=1):
+        end, where = start + len(line), f"line {number}"
+        if line.strip():
+            try:
+                yield start, end, where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if number == 1:
+                    raise _not_conversations(file, f" ({error})") from None
+                yield start, end, where, f"not valid JSON: {error}"
+        start = end
+
+
+def _list_entries(file) -> Iterator[tuple[int, int, str, object]]:
+    """Decoded as Latin-1, a character is a byte: offsets are right, and no chunk ends in the middle
+    of a character. Strings are then mojibake, which is enough to find objects; an object whose
+    strings matter is read again as UTF-8."""
+    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    base, number, at = file.tell() + 1, 0, 0
+    text = file.read(CHUNK).decode("latin-1")[1:]
+    while True:
+        at = between.match(text, at).end()
+        if text.startswith("]", at):
+            return
+        try:
+            entry, end = decode(text, at)
+        except (ValueError, RecursionError) as error:            # broken, or the chunk ends in it
+            more = file.read(CHUNK)
+            if not more or len(text) - at > CHUNK:
+                raise UserError(f"{quoted(file.name)}: conversation {number + 1}, at byte "
+                                f"{base + at}, is not valid JSON ({error}); is the file whole?") from None
+            text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
+            continue
+        number += 1
+        if not isinstance(entry, dict) or not str(entry.get("image", "")).isascii():
+            try:
+                entry = json.loads(text[at:end].encode("latin-1"))
+            except ValueError as error:
+                entry = f"not valid JSON: {error}"
+        has_id = isinstance(entry, dict) and "id" in entry
+        yield base + at, base + end, f"id {entry['id']}" if has_id else f"entry {number}", entry
+        at = end
+
+
+def image_names(entry: dict) -> list:
+    """"image" is absent, null, one name, or a list."""
+    image = entry.get("image")
+    return image if isinstance(image, list) else [image] if image else []
+
+
+def find_problem(entry, images: Path | None) -> str | None:
+    """Why a conversation cannot be trained on, as far as its text and its files' names tell."""
+    if not isinstance(entry, dict):
+        return "not an object"
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return 'no "conversations"'
+    for turn in turns:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str)
+                                                 for key in ("from", "value")):
+            return 'a turn without "from" or "value"'
+    talk = turns[1:] if turns[0]["from"] in ("system", "gpt") else turns   # as encode_conversation
+    if talk is not turns and IMAGE_TEXT in turns[0]["value"]:
+        return f"{IMAGE_TEXT} before the first question"
+    if [turn["from"] for turn in talk] != ["human", "gpt"] * (len(talk) // 2) or not talk:
+        return 'roles out of order: "human" and "gpt" must take turns, human first, gpt last'
+    if not all(turn["value"].strip() for turn in talk[1::2]):
+        return "an empty answer"
+    if any(IMAGE_TEXT in turn["value"] for turn in talk[1::2]):
+        return f"{IMAGE_TEXT} in an answer"
+    names = image_names(entry)
+    placed = sum(turn["value"].count(IMAGE_TEXT) for turn in talk)
+    if placed != len(names):
+        return f'{placed} {IMAGE_TEXT} in the text but {len(names)} in "image"'
+    for name in names:
+        if not isinstance(name, str):
+            return 'an "image" that is no path'
+        if images is None:
+            return "a picture, but no folder of pictures was named: give --images"
+        try:
+            if not os.path.isfile(within(images, name)):
+                return f"the picture {name!r} does not exist"
+        except UserError as error:
+            return f"the picture {error}"
+    return None

@@ -1,0 +1,83 @@
+"""What a stage trains and how: its settings, learning rate, trained weights and optimizer."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nanoeemllm.model import EEMLLM
+from nanoeemllm.visual_path import learns_in_pretrain
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of one stage."""
+    stage: str                          # "pretrain" or "finetune"
+    steps: int
+    batch_size: int                     # samples a step, over all processes and micro-batches
+    learning_rate: float
+    warmup: float = 0.03                # part of the steps in which the learning rate rises
+    weight_decay: float = 0.0
+    clip: float = 1.0                   # largest norm of the gradient
+    betas: tuple[float, float] = (0.9, 0.999)
+    seed: int = 0
+
+
+TINY = {  # the tiny world's settings
+    "pretrain": TrainConfig("pretrain", 300, 16, 2e-3, betas=(0.9, 0.98)),
+    "finetune": TrainConfig("finetune", 1800, 16, 1e-3, weight_decay=0.01, betas=(0.9, 0.98)),
+}
+PAPER = {  # LLaVA's and the paper's; steps come from the size of the data
+    "pretrain": TrainConfig("pretrain", 0, 256, 1e-3),
+    "finetune": TrainConfig("finetune", 0, 128, 2e-5),
+}
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then cosine to 0. Steps count from 0."""
+    warm = max(1, round(config.warmup * config.steps))
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    done = (step - warm) / max(1, config.steps - warm)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def freeze(model: EEMLLM, stage: str):
+    """Leaves to train the projector and what else a visual path adds between encoder and language
+    model (stage "pretrain"), or these and the language model."""
+    for name, p in model.named_parameters():
+        in_stage = stage == "finetune" and name.startswith("decoder.")
+        p.requires_grad_(learns_in_pretrain(name) or in_stage)
+
+
+def trained_parameters(model: EEMLLM) -> dict[str, nn.Parameter]:
+    """By name. Ask once, before the first step: between a forward and a backward pass FSDP2 shows
+    other tensors in their place, which no optimizer knows."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def make_optimizer(params: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with its moments made; vectors (norms, biases) are not decayed."""
+    matrices = [p for p in params.values() if p.dim() > 1]
+    vectors = [p for p in params.values() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate,
+                                  betas=config.betas, fused=True)
+    for p in params.values():
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def training_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+                   ) -> dict[str, Tensor]:
+    """Trained weights and AdamW's moments, by name: the tensors themselves, to save or to read into."""
+    state = {}
+    for name, p in params.items():
+        moments = optimizer.state[p]
+        state |= {name: p.detach(), f"{name} exp_avg": moments["exp_avg"],
+                  f"{name} exp_avg_sq": moments["exp_avg_sq"]}
+    return state
