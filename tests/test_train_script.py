@@ -13,6 +13,7 @@ from nanoeemllm import checkpoint
 from nanoeemllm.config import UserError
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.toy import WorldConfig, export_llava
+from nanoeemllm.training.run_folder import RunFolder
 from tiny_run import tiny_model
 
 

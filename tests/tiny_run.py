@@ -131,11 +131,15 @@ def start(function, *arguments, rank: int = 0, size: int = 1, port: int = 0) -> 
     return process
 
 
-def in_processes(size: int, function, *arguments):
-    """function(group, *arguments) in `size` processes that are one group."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def in_processes(size: int, function, *arguments):
+    """function(group, *arguments) in `size` processes that are one group."""
+    port = free_port()
     processes = [start(function, *arguments, rank=rank, size=size, port=port) for rank in range(size)]
     for process in processes:
         process.join(600)
