@@ -31,7 +31,7 @@ from tqdm import tqdm
 from nanoeemllm import ModelConfig, UserError, load as load_model
 from nanoeemllm.backbone import make_backbones, tiny_config, tiny_tokenizer
 from nanoeemllm.border.command import run_command
-from nanoeemllm.border.files import quoted, read_json
+from nanoeemllm.border.files import finish_replacement, quoted, read_json
 from nanoeemllm.command_line import visual_path_from
 from nanoeemllm.config import PRESETS
 from nanoeemllm.data import Mixture, Packed
@@ -190,6 +190,7 @@ def _in_short(line: dict, remaining: float) -> str:
 def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: ProcessGroup):
     """Trains one stage from the model folder of the one before, and leaves its own."""
     start = args.init or args.out / {"pretrain": "backbone", "finetune": "pretrain"}[stage]
+    finish_replacement(start)
     exists = (start / "config.json").exists()
     only_look = (args.dry_run or args.show_batch) and not args.init and not args.data
     if not exists and not args.assume and not only_look:

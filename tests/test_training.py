@@ -1,9 +1,11 @@
 """The training loop on one process: what is learned, and that nothing is lost, whatever happens."""
 
+import itertools
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -15,10 +17,11 @@ from nanoeemllm import checkpoint
 from nanoeemllm.config import IMAGE_TOKEN, UserError
 from nanoeemllm.data import Loader, Packed, Sample
 from nanoeemllm.model import collate
-from nanoeemllm.training.config import TrainConfig, learning_rate
-from nanoeemllm.training.distributed import is_whole
+from nanoeemllm.training.config import TrainConfig, learning_rate, make_optimizer, trained_parameters, training_state
+from nanoeemllm.training.distributed import is_whole, save_state
 from nanoeemllm.training.run_folder import RunFolder
 from nanoeemllm.training.step import OnOneProcess, StepMetrics, Stopped
+from test_border import killed_at
 from train import accumulate
 from tiny_run import (ALONE, Talks, encode, gradients, in_processes, metrics, start, tensors, tiny_config, tiny_model,
                       tiny_plan, tiny_run)
@@ -199,6 +202,90 @@ def test_a_checkpoint_cut_short_is_recognised_and_the_one_before_it_used(tmp_pat
     one, other = tensors(tmp_path / "straight" / "model"), tensors(tmp_path / "cut" / "model")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert [line["step"] for line in metrics(tmp_path / "cut")] == list(range(1, 9))
+
+
+def test_a_checkpoint_of_changed_bytes_is_recognised_and_the_one_before_it_used(tmp_path, capsys):
+    run = tiny_run(tmp_path)
+    newest = run.checkpoints / "step-00000008"
+    file = max(newest.iterdir(), key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert not is_whole(newest, ALONE)
+    before = tensors(tmp_path / "model")
+    tiny_run(tmp_path, resume=True)
+    assert "step 8 is not whole" in capsys.readouterr().out and is_whole(newest, ALONE)
+    assert all(torch.equal(x, before[name]) for name, x in tensors(tmp_path / "model").items())
+
+
+def test_runs_and_checkpoints_of_the_first_edition_are_resumed_and_lost_moments_told(tmp_path, capsys):
+    """Their run.json has no format, whole.json sizes alone, and AdamW's moments may be zero."""
+    run = tiny_run(tmp_path, steps=8)
+    model = tiny_model()
+    params = trained_parameters(model)
+    state = training_state(params, make_optimizer(params, TrainConfig("finetune", 8, 8, 1e-2)))      # moments of zero
+    shutil.rmtree(run.checkpoints)
+    save_state(state, run.checkpoints / "step-00000006", ALONE)
+    whole = run.checkpoints / "step-00000006" / "whole.json"
+    whole.write_text(json.dumps({name: size for name, (size, _) in json.loads(whole.read_text()).items()}))
+    settings = json.loads((run.folder / "run.json").read_text())
+    del settings["format"]
+    settings["visual_path"] |= {"window": 5}
+    (run.folder / "run.json").write_text(json.dumps(settings))
+    assert tiny_run(tmp_path, steps=8, resume=True).saved_steps() == [6, 8]
+    told = capsys.readouterr().out
+    assert "is an earlier version's run: it goes on" in told
+    assert f"step 6 has AdamW moments of zero for {len(params)} tensors" in told and "--force trains anew" in told
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path):
+    run = RunFolder(tmp_path / "run", {}, ALONE, resume=False)
+    for resume, force in ((True, False), (False, True)):
+        child = os.fork()
+        if child == 0:
+            try:
+                RunFolder(tmp_path / "run", {}, ALONE, resume, force)
+            except UserError as error:
+                os._exit(0 if "another process trains in" in str(error) else 3)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+    run.lock.close()                                                 # as the end of its process does
+    RunFolder(tmp_path / "run", {}, ALONE, resume=True)
+
+
+def test_force_killed_at_any_moment_leaves_the_old_run_or_the_new_one(tmp_path):
+    """Whole: settings, metrics and checkpoints, each of the other kind resumed or refused by its settings."""
+    tiny_run(tmp_path / "old", steps=2)
+    settings = json.loads((tmp_path / "old" / "run" / "run.json").read_text())
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "old" / "run", folder)
+        killed = killed_at(number, lambda: RunFolder(folder, settings | {"seed": 1}, ALONE, False, force=True).finish())
+        new = json.loads((folder / "run.json").read_text())["seed"] == 1
+        run = RunFolder(folder, settings | {"seed": int(new)}, ALONE, resume=True)
+        assert run.saved_steps() == ([] if new else [2]) and run.metrics.exists() != new
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(f".{number}.")] == []
+        if not killed:
+            assert new and run.is_finished and number > 5
+            return
+
+
+def whole_run(folder):
+    tiny_run(folder, steps=4, resume=True)
+
+
+@pytest.mark.skipif(not os.environ.get("KILL_MATRIX"), reason="KILL_MATRIX=1 takes a minute: a whole run, killed at every call")
+def test_a_run_killed_at_every_call_that_changes_the_disk(tmp_path):
+    whole_run(tmp_path / "straight")
+    expected = tensors(tmp_path / "straight" / "model")
+    for number in itertools.count(1):
+        killed = killed_at(number, whole_run, tmp_path / str(number))
+        whole_run(tmp_path / str(number))
+        assert all(torch.equal(x, expected[name]) for name, x in tensors(tmp_path / str(number) / "model").items())
+        assert len(metrics(tmp_path / str(number))) == 4
+        if not killed:
+            print(f"killed at each of {number - 1} calls")
+            return
 
 
 def fill_the_disk(group, folder):

@@ -95,7 +95,7 @@ def tiny_run(folder: Path, group: ProcessGroup = ALONE, stage: str = "finetune",
     stored = shard_model(model, group)
     config = TrainConfig(stage, steps, 8, 1e-2, weight_decay=0.01)
     plan = plan or tiny_plan()
-    run = RunFolder(folder / "run", {**dataclasses.asdict(config), "path": path}, group, resume)
+    run = RunFolder(folder / "run", {**dataclasses.asdict(config), "visual_path": {"name": path}}, group, resume)
     train(model, lambda first: loader(plan, encode, first, steps, group.rank, group.size), config, run, group,
           held_out and (lambda: Loader(held_out, encode, 0, held_out.steps_per_epoch, group.rank, group.size)),
           checkpoint_every, max_bad)

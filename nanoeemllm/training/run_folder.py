@@ -17,7 +17,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nanoeemllm.border.files import quoted, read_json, replace_folder, write_aside
+from nanoeemllm.border.files import (finish_replacement, quoted, read_json, replace_folder,
+                                     write_aside)
 from nanoeemllm.config import UserError
 from nanoeemllm.plot import line_chart
 from nanoeemllm.training.distributed import ProcessGroup, is_whole, load_state, save_state
@@ -41,6 +42,7 @@ class RunFolder:
 
     def _open(self, settings: dict, resume: bool, force: bool) -> bool:
         config = self.folder / "run.json"
+        finish_replacement(self.folder)
         if self.folder.exists():
             self._lock()
         if config.exists() and (resume or not force):
