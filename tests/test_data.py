@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import math
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +40,9 @@ def images(tmp_path):
     (folder / "sub").mkdir(parents=True)
     for name, size in (("a.png", (24, 16)), ("sub/b.jpg", (16, 60)), ("grüße.png", (9, 9))):
         Image.new("RGB", size, "red").save(folder / name)
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "secret.png").write_bytes(b"")
+    (folder / "link").symlink_to(tmp_path / "elsewhere" / "deep")
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     return folder
 
@@ -90,6 +98,7 @@ BAD = {
     "'../a.png' is outside of the image folder": picture_entry(0, "../a.png"),
     "'sub/../../a.png' is outside of the image folder": picture_entry(0, "sub/../../a.png"),
     "'/etc/hostname' is outside of the image folder": picture_entry(0, "/etc/hostname"),
+    "'link/../secret.png' is outside of the image folder": picture_entry(0, "link/../secret.png"),
     "'none.png' does not exist": picture_entry(0, "none.png"),
 }
 
@@ -363,3 +372,44 @@ def test_real_tokens_are_all_there_is(world):
         assert len(packed.batch.ids) == sum(len(s.ids) - len(s.images) for s in samples)
         assert len(packed.batch.patches) == sum(math.prod(grid) for s in samples for _, grid in s.images)
         assert len(packed.batch.targets) == sum(map(sum, (s.loss_mask for s in samples)))
+
+
+# ---- processes ----
+
+def test_a_loader_ends_its_processes_and_no_others_and_only_its_parent_ends_them(world):
+    data, cost, encode = world
+    other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    other.start()
+    with Loader(Plan(data, 12, 0, cost, budget=400, workers=2), encode, 0, 5) as loader:
+        batches = iter(loader)
+        first = next(batches)
+        workers = [child for child in multiprocessing.active_children() if child is not other]
+        assert len(workers) == 3                                       # two that pack, one that measures costs
+        subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)])
+        subprocess.run(["kill", "-INT", *(str(worker.pid) for worker in workers)])
+        assert first.step == 0 and sum(packed.last for packed in [first, *batches]) == 5
+    with Loader(Plan(data, 12, 0, cost, budget=400, workers=2), encode, 0, 5) as loader:
+        next(iter(loader))
+    deadline = time.time() + 20
+    while multiprocessing.active_children() != [other] and time.time() < deadline:
+        time.sleep(0.01)
+    assert multiprocessing.active_children() == [other]
+    other.kill()
+    other.join()
+
+
+FORGETFUL = """
+import atexit, signal
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
+from nanoeemllm.data import Loader, Mixture, Plan, Sample
+assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
+data = Mixture([[{"id": "a"}] * 1000])
+loader = Loader(Plan(data, 10, 0, workers=2), lambda conversation: Sample([1, 2], [False, True], [], "a"), 0, 100)
+batches = iter(loader)
+print(next(batches).keys[0])
+"""
+
+
+def test_importing_changes_no_signal_and_a_forgotten_loader_ends_with_its_program():
+    done = subprocess.run([sys.executable, "-c", FORGETFUL], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "a\n"), done.stderr
