@@ -23,6 +23,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,10 +44,10 @@ from nanoeemllm.training.config import (TrainConfig, freeze, learning_rate, make
 from nanoeemllm.training.distributed import (ProcessGroup, init_distributed, reshard, save_model,
                                              shard_model)
 from nanoeemllm.training.flags import parse_flags
-from nanoeemllm.training.forecast import forecast, seconds_a_step, show_batch
+from nanoeemllm.training.forecast import seconds_a_step, show_batch
 from nanoeemllm.training.run_folder import RunFolder
-from nanoeemllm.training.stage_data import (MICRO_BATCH_TOKENS, StageData, assumed_sizes,
-                                            measured_sizes, open_files, plan_stage, stage_config)
+from nanoeemllm.training.stage_data import (StageData, forecast_assumed, forecast_data, open_files,
+                                            stage_config)
 from nanoeemllm.training.step import (OnOneProcess, Operations, StepMetrics, Stopped, memory_gb,
                                       out_of_memory, peak_operations, scale_gradients, steps_of,
                                       stop_signals)
@@ -55,7 +56,8 @@ from nanoeemllm.training.step import (OnOneProcess, Operations, StepMetrics, Sto
 # ---- the loop ----
 
 def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, group: ProcessGroup,
-          held_out: Callable | None = None, checkpoint_every: int = 500, max_bad: float = 0.01) -> bool:
+          held_out: Callable | None = None, checkpoint_every: int = 500, max_bad: float = 0.01,
+          ) -> bool:
     """Trains a frozen and sharded model in place. load(first) gives the Loader of the steps from
     `first` on, held_out() that of the held-out data, measured at every checkpoint. Returns whether a
     signal came too late, in the last step.
@@ -77,12 +79,12 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
         optimizer.state[p]["step"].fill_(first)
     peak = peak_operations(group.device)
     operations = Operations(model.config, config.stage) if peak else None
-    pace = None                                                  # seconds a step, of training alone
+    pace = 0.0                           # seconds a step, of training alone
+    bar = tqdm(total=config.steps, initial=first, desc=config.stage, mininterval=0.5,
+               bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
+               disable=None if group.is_first else True)
 
-    with stop_signals() as caught, load(first) as loader, tqdm(
-            total=config.steps, initial=first, desc=config.stage, mininterval=0.5,
-            bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
-            disable=None if group.is_first else True) as bar:
+    with stop_signals() as caught, load(first) as loader, bar:
         start, waited = time.perf_counter(), 0.0
         for step, micro_batches in steps_of(loader):
             # forward and backward: gradients of the summed loss add up in .grad
@@ -90,8 +92,8 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
             mine.stop = len(caught)
             total = mine.over(group)
             if total.bad:
-                bad = group.gather([sample for _, samples, _ in parts for sample in samples])
-                run.log_bad(step + 1, bad, config.steps * config.batch_size, config.batch_size, max_bad)
+                bad = group.gather(sum((bad for _, bad, _ in parts), []))
+                run.log_bad(step + 1, bad, config, max_bad)
 
             # step
             norm = math.nan
@@ -99,16 +101,16 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
                 norm = scale_gradients(params.values(), total.targets, group, config.clip)
             if not math.isfinite(norm):
                 odd = [keys for keys, _, loss in parts if not math.isfinite(loss)]
-                keys = group.gather(sum(odd, []))
-                raise UserError(f"the loss is {total.mean_loss} and the norm of its gradient {norm} at step "
-                                f"{step + 1}, samples {', '.join(keys[:8]) or 'unknown'}: the last checkpoint "
-                                "stands; lower the learning rate or look at these samples")
+                keys = ", ".join(group.gather(sum(odd, []))[:8]) or "unknown"
+                raise UserError(f"the loss is {total.mean_loss} and the norm of its gradient {norm} at "
+                                f"step {step + 1}, samples {keys}: the last checkpoint stands; lower the "
+                                "learning rate or look at these samples")
             for param_group in optimizer.param_groups:
                 param_group["lr"] = learning_rate(config, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            # what it was like
+            # log
             seconds = time.perf_counter() - start
             line = {"step": step + 1, "loss": total.mean_loss, "lr": learning_rate(config, step),
                     "grad_norm": norm, "tokens_per_s": total.tokens / seconds, "seconds": seconds,
@@ -117,12 +119,10 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
                 line["mfu"] = total.operations / seconds / (peak * group.size)
             if total.cut:
                 line["cut"] = int(total.cut)
-            waited = loader.waited
             if step == first and seconds > 60 and group.is_first:
                 print(f"the first step took {seconds:,.0f} s, all will take "
-                      f"{seconds * (config.steps - step) / 3600:,.1f} h: lower --batch-size or --max-length, "
-                      "or use smaller pictures", file=sys.stderr)
-            pace = seconds if pace is None else 0.9 * pace + 0.1 * seconds
+                      f"{seconds * (config.steps - step) / 3600:,.1f} h: lower --batch-size or "
+                      "--max-length, or use smaller pictures", file=sys.stderr)
 
             # held-out data and checkpoint
             last = step + 1 == config.steps
@@ -130,15 +130,16 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
             if save and held_out is not None and not total.stop:
                 line |= measure(model, held_out, group)
             run.log(line)
+            pace = 0.9 * pace + 0.1 * seconds if pace else seconds
             bar.set_postfix_str(_in_short(line, pace * (config.steps - step - 1)), refresh=False)
             bar.update()
             if save:
                 run.save(step + 1, state)
             if total.stop and not last:
                 run.draw_curve()
-                raise Stopped(f"stopped after step {step + 1} of {config.steps}; it is saved: run the same "
-                              "command with --resume to go on")
-            start = time.perf_counter()
+                raise Stopped(f"stopped after step {step + 1} of {config.steps}; it is saved: run the "
+                              "same command with --resume to go on")
+            start, waited = time.perf_counter(), loader.waited
         run.draw_curve()
         return group.sum(len(caught))[0] > 0
 
@@ -175,14 +176,15 @@ def measure(model: EEMLLM, held_out: Callable, group: ProcessGroup) -> dict[str,
 
 
 def _in_short(line: dict, remaining: float) -> str:
-    text = f"{line['seconds']:.2f} s/step, {tqdm.format_interval(remaining)} left, loss {line['loss']:.3f}"
+    text = f"loss {line['loss']:.3f}"
     if "held_out_loss" in line:
         text += f", held-out {line['held_out_loss']:.3f}"
     if "held_out_bad" in line:
         text += f", held-out samples not used {line['held_out_bad']}"
-    mfu = f", MFU {line['mfu']:.0%}" if "mfu" in line else ""
-    return (f"{text}, lr {line['lr']:.1e}, {line['tokens_per_s']:,.0f} tokens/s{mfu}, "
-            f"{line['memory_gb']:.1f} GB")
+    if "mfu" in line:
+        text += f", MFU {line['mfu']:.0%}"
+    return (f"{text}, {line['tokens_per_s']:,.0f} tokens/s, {line['memory_gb']:.1f} GB, "
+            f"{line['seconds']:.2f} s/step, {tqdm.format_interval(remaining)} left")
 
 
 # ---- a stage ----
@@ -190,62 +192,44 @@ def _in_short(line: dict, remaining: float) -> str:
 def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: ProcessGroup):
     """Trains one stage from the model folder of the one before, and leaves its own."""
     start = args.init or args.out / {"pretrain": "backbone", "finetune": "pretrain"}[stage]
+    if args.assume:                      # neither model nor data need be there
+        return print(*forecast_assumed(stage, args, start_config(start, args, world)), sep="\n")
     finish_replacement(start)
     exists = (start / "config.json").exists()
-    only_look = (args.dry_run or args.show_batch) and not args.init and not args.data
-    if not exists and not args.assume and not only_look:
-        if stage == "finetune" or args.init or args.data:
+    own = not (args.init or args.data)   # the tiny world, in which a look needs no trained backbones
+    if not exists and not (own and (args.dry_run or args.show_batch)):
+        if stage == "finetune" or not own:
             before = "" if stage == "pretrain" else "run `python train.py --stage pretrain` first, or "
             raise UserError(f"{quoted(start)} holds no model: {before}name one with --init")
         group.on_first(lambda: make_backbones(start, world))
         exists = True
 
-    config = PRESETS[args.preset] if args.preset else tiny_config(world)
-    if exists and not args.preset:
-        config = ModelConfig.from_dict(read_json(start / "config.json"))
-    config = dataclasses.replace(config, visual_path=visual_path_from(args, config.visual_path))
+    config = start_config(start, args, world)
     if stage == "pretrain" and config.vision is None:
         raise UserError(f"{quoted(start)} has no image encoder, so stage 1 has nothing to train: give "
                         "--init a model that sees")
-    how = (args.gpus, args.mfu, args.micro_batch_tokens or MICRO_BATCH_TOKENS,
-           args.checkpoint_activations)
-    if args.assume:
-        samples, sizes = assumed_sizes(args.assume)
-        return print(*forecast(config, stage_config(stage, args, samples), sizes, *how), sep="\n")
-
     tokenizer = Tokenizer(start / "tokenizer.json") if exists else tiny_tokenizer(config)
-    settings = {"init": str(start), "visual_path": dataclasses.asdict(config.visual_path)}
-    if args.data:
-        mixture = open_files(args.data, args, group)
-        held_out = open_files(args.val_data, args, group) if args.val_data else None
-        train_config = stage_config(stage, args, len(mixture))
-        settings |= {"data": args.data, "conversations": mixture.sizes, "max_length": args.max_length}
-    else:                                # drawn when needed: every epoch has new pictures
-        kind, train_config = "caption" if stage == "pretrain" else "conversation", stage_config(stage, args)
-        samples = train_config.steps * train_config.batch_size
-        mixture = Mixture([ToyDataset(world, "train", kind, min(samples, 2 ** 20))], endless=True)
-        held_out = Mixture([ToyDataset(world, "held-out", kind, 8 * train_config.batch_size)])
-        settings |= {"world": dataclasses.asdict(world), "by_cost": args.micro_batch_tokens is not None}
-    data = plan_stage(train_config, args, config, tokenizer, group, mixture, held_out)
+    data = open_data(stage, args, world, config, tokenizer, group)
     if args.show_batch:
         with data.loader(data.plan, group, 0, 1) as loader:
             return print(*show_batch(next(iter(loader)).batch, tokenizer), sep="\n")
     if args.dry_run:
-        print(*forecast(config, train_config, measured_sizes(data, args.seed), *how), sep="\n")
+        print(*forecast_data(data, args, config), sep="\n")
         if group.device.type != "cpu" or not exists:
             return
 
-    model = load_model(start, device="cpu", visual_path=config.visual_path, new_parts=stage == "pretrain")
+    model = load_model(start, "cpu", visual_path=config.visual_path, new_parts=stage == "pretrain")
     freeze(model, stage)
     model.decoder.checkpoint_activations = args.checkpoint_activations
     if args.dry_run:
         shard_model(model, group)
         with data.loader(data.plan, group, 0, 1) as loader:
             seconds = seconds_a_step(model, loader)
-        return print(f"  {seconds:,.1f} s a step, {seconds * train_config.steps / 3600:,.2f} hours on this CPU "
-                     "(measured on one micro-batch)")
-    run = RunFolder(args.out / f"{stage}-run", settings | dataclasses.asdict(train_config), group,
-                    args.resume, args.force)
+        return print(f"  {seconds:,.1f} s a step, {seconds * data.config.steps / 3600:,.2f} hours on this "
+                     "CPU (measured on one micro-batch)")
+    settings = {"init": str(start), "visual_path": dataclasses.asdict(config.visual_path)}
+    settings |= data.settings | dataclasses.asdict(data.config)
+    run = RunFolder(args.out / f"{stage}-run", settings, group, args.resume, args.force)
     if run.is_finished:
         if group.is_first:
             print(f"{stage}: finished already, {args.out / stage}")
@@ -254,15 +238,42 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: P
         for layer in model.decoder.layers:
             layer.compile(dynamic=True)
     stored = shard_model(model, group)
-    late = train(model, lambda first: data.loader(data.plan, group, first, train_config.steps),
-                 train_config, run, group,
-                 held_out and (lambda: data.loader(data.held_out, group, 0, data.held_out.steps_per_epoch)),
-                 args.checkpoint_every, args.max_bad)
+    late = train(model, partial(data.steps, group), data.config, run, group,
+                 data.held_out and partial(data.held_out_steps, group), args.checkpoint_every, args.max_bad)
     save_model(model, stored, group, args.out / stage)
     run.finish()
     if late:
-        raise Stopped(f"{stage} is finished and saved: run the same command with --resume for what comes "
-                      "after it")
+        raise Stopped(f"{stage} is finished and saved: run the same command with --resume for what "
+                      "comes after it")
+
+
+def start_config(start: Path, args: argparse.Namespace, world: WorldConfig) -> ModelConfig:
+    """Of the model that a stage starts from, with the visual path that the flags ask for."""
+    if args.preset:
+        config = PRESETS[args.preset]
+    elif (start / "config.json").exists():
+        config = ModelConfig.from_dict(read_json(start / "config.json"))
+    else:
+        config = tiny_config(world)
+    return dataclasses.replace(config, visual_path=visual_path_from(args, config.visual_path))
+
+
+def open_data(stage: str, args: argparse.Namespace, world: WorldConfig, config: ModelConfig,
+              tokenizer: Tokenizer, group: ProcessGroup) -> StageData:
+    """--data and --val-data, or the tiny world's, drawn when needed: no picture comes twice."""
+    if args.data:
+        mixture = open_files(args.data, args, group)
+        held_out = open_files(args.val_data, args, group) if args.val_data else None
+        train_config = stage_config(stage, args, len(mixture))
+        settings = {"data": args.data, "conversations": mixture.sizes, "max_length": args.max_length}
+    else:
+        train_config = stage_config(stage, args)
+        kind, batch_size = "caption" if stage == "pretrain" else "conversation", train_config.batch_size
+        epoch = min(train_config.steps * batch_size, 2 ** 20)
+        mixture = Mixture([ToyDataset(world, "train", kind, epoch)], endless=True)
+        held_out = Mixture([ToyDataset(world, "held-out", kind, 8 * batch_size)])
+        settings = {"world": dataclasses.asdict(world), "by_cost": args.micro_batch_tokens is not None}
+    return StageData(train_config, settings, args, config, tokenizer, group, mixture, held_out)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -287,8 +298,8 @@ def main(args: argparse.Namespace):
         except UserError as error:
             if group.is_first or isinstance(error, OnOneProcess):
                 raise
-            time.sleep(5)                # the first process reports it, and all are ended,
-            raise UserError(f"process {group.rank}: {error}") from None     # or this one is alone with it
+            time.sleep(5)        # the first process reports it, and all are ended; or this is alone
+            raise UserError(f"process {group.rank}: {error}") from None
     if "finetune" in stages and group.is_first and not (args.data or look):
         from nanoeemllm import toy_report
         model = load_model(args.out / "finetune", device=args.device)

@@ -21,6 +21,7 @@ from nanoeemllm.border.files import (finish_replacement, quoted, read_json, repl
                                      write_aside)
 from nanoeemllm.config import UserError
 from nanoeemllm.plot import line_chart
+from nanoeemllm.training.config import TrainConfig
 from nanoeemllm.training.distributed import ProcessGroup, is_whole, load_state, save_state
 
 KEPT = 2      # checkpoints: the newest, and the one before in case it is damaged
@@ -148,8 +149,7 @@ class RunFolder:
             with open(self.metrics, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def log_bad(self, step: int, bad: list[tuple[str, str]], samples: int, batch_size: int,
-                allowed: float):
+    def log_bad(self, step: int, bad: list[tuple[str, str]], config: TrainConfig, allowed: float):
         """Writes down samples that could not be used. Raises UserError where they are more than the
         part `allowed` of all samples so far, of which the first thousand count as one."""
         self.bad += len(bad)
@@ -157,9 +157,10 @@ class RunFolder:
             with open(self.bad_samples, "a") as file:
                 for key, reason in bad:
                     file.write(json.dumps({"step": step, "id": key, "reason": reason}) + "\n")
-        if self.bad > allowed * max(step * batch_size, min(1000, samples)):
+        seen = step * config.batch_size
+        if self.bad > allowed * max(seen, min(1000, config.steps * config.batch_size)):
             key, reason = bad[-1]
-            raise UserError(f"{self.bad} of {step * batch_size:,} samples so far could not be used, over "
+            raise UserError(f"{self.bad} of {seen:,} samples so far could not be used, over "
                             f"{allowed:.2%} (the last: {key}: {reason}): see {quoted(self.bad_samples)}, "
                             "mend them or allow more with --max-bad; then --resume")
 
