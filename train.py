@@ -1,8 +1,8 @@
 """Trains EE-MLLM, stage by stage, as the paper does.
 
-    python train.py                        the tiny world: backbones, both stages, then a few answers
-    python train.py --stage pretrain       only the projector is trained, on captions
-    python train.py --stage finetune       projector and language model, on conversations
+    python train.py                      the tiny world: backbones, both stages, a few answers
+    python train.py --stage pretrain     only the projector is trained, on captions
+    python train.py --stage finetune     projector and language model, on conversations
 
 The same on your data, LLaVA's JSON and a folder of pictures, on one GPU or many:
 
@@ -13,8 +13,8 @@ The same on your data, LLaVA's JSON and a folder of pictures, on one GPU or many
 
 Each stage leaves a model folder, out/backbone, out/pretrain, out/finetune, and beside it the run's
 (out/pretrain-run: run.json, metrics.jsonl, loss.png, checkpoints). Stop it when you like: --resume
-goes on, on another number of processes too. --dry-run tells beforehand what a stage needs and costs,
---show-batch what it trains on.
+goes on, on another number of processes too. --dry-run tells beforehand what a stage needs and
+costs, --show-batch what it trains on.
 """
 
 import argparse
@@ -23,31 +23,28 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from nanoeemllm import ModelConfig, UserError, load as load_model
-from nanoeemllm.backbone import make_backbones, tiny_config, tiny_tokenizer
+from nanoeemllm import UserError, load as load_model
+from nanoeemllm.backbone import make_backbones, tiny_tokenizer
 from nanoeemllm.border.command import run_command
-from nanoeemllm.border.files import finish_replacement, quoted, read_json
-from nanoeemllm.command_line import visual_path_from
-from nanoeemllm.config import PRESETS
-from nanoeemllm.data import Mixture, Packed
+from nanoeemllm.border.files import finish_replacement, quoted
+from nanoeemllm.data import Loader, Packed
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import Tokenizer
-from nanoeemllm.toy import ToyDataset, WorldConfig
+from nanoeemllm.toy import WorldConfig
 from nanoeemllm.training.config import (TrainConfig, freeze, learning_rate, make_optimizer,
                                         trained_parameters, training_state)
 from nanoeemllm.training.distributed import (ProcessGroup, init_distributed, reshard, save_model,
                                              shard_model)
 from nanoeemllm.training.flags import parse_flags
-from nanoeemllm.training.forecast import seconds_a_step, show_batch
+from nanoeemllm.training.forecast import forecast, seconds_of, show_batch
 from nanoeemllm.training.run_folder import RunFolder
-from nanoeemllm.training.stage_data import (StageData, forecast_assumed, forecast_data, open_files,
-                                            stage_config)
+from nanoeemllm.training.stage_data import (MICRO_BATCH_TOKENS, assumed_size, average_size,
+                                            open_data, stage_config, start_config)
 from nanoeemllm.training.step import (OnOneProcess, Operations, StepMetrics, Stopped, memory_gb,
                                       out_of_memory, peak_operations, scale_gradients, steps_of,
                                       stop_signals)
@@ -59,14 +56,14 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
           held_out: Callable | None = None, checkpoint_every: int = 500, max_bad: float = 0.01,
           ) -> bool:
     """Trains a frozen and sharded model in place. load(first) gives the Loader of the steps from
-    `first` on, held_out() that of the held-out data, measured at every checkpoint. Returns whether a
-    signal came too late, in the last step.
+    `first` on, held_out() that of the held-out data, measured at every checkpoint. Returns whether
+    a signal came too late, in the last step.
 
     The loss of a step is the mean cross entropy over the target tokens of the whole global batch,
     however it is cut into micro-batches and dealt to processes: gradients of sums are added up, and
-    divided once by the number of tokens. Nothing here draws random numbers; the learning rate and the
-    data are functions of the step's number, so a checkpoint needs no more than that to go on as if
-    the run had never stopped.
+    divided once by the number of tokens. Nothing here draws random numbers, and the learning rate
+    and the data are functions of the step's number, so a checkpoint needs no more than that to go
+    on as if the run had never stopped.
 
     Raises Stopped after a signal, the step finished and saved; UserError for a loss that is not
     finite, and for too many bad samples.
@@ -102,9 +99,10 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
             if not math.isfinite(norm):
                 odd = [keys for keys, _, loss in parts if not math.isfinite(loss)]
                 keys = ", ".join(group.gather(sum(odd, []))[:8]) or "unknown"
-                raise UserError(f"the loss is {total.mean_loss} and the norm of its gradient {norm} at "
-                                f"step {step + 1}, samples {keys}: the last checkpoint stands; lower the "
-                                "learning rate or look at these samples")
+                raise UserError(
+                    f"the loss is {total.mean_loss} and the norm of its gradient {norm} at step "
+                    f"{step + 1}, samples {keys}: the last checkpoint stands; lower the learning rate "
+                    "or look at these samples")
             for param_group in optimizer.param_groups:
                 param_group["lr"] = learning_rate(config, step)
             optimizer.step()
@@ -137,8 +135,8 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
                 run.save(step + 1, state)
             if total.stop and not last:
                 run.draw_curve()
-                raise Stopped(f"stopped after step {step + 1} of {config.steps}; it is saved: run the "
-                              "same command with --resume to go on")
+                raise Stopped(f"stopped after step {step + 1} of {config.steps}; it is saved: run "
+                              "the same command with --resume to go on")
             start, waited = time.perf_counter(), loader.waited
         run.draw_curve()
         return group.sum(len(caught))[0] > 0
@@ -159,7 +157,7 @@ def accumulate(model: EEMLLM, micro_batches: Iterable[Packed], backward: bool,
         metrics.add(packed)
         if operations:
             metrics.operations += operations(packed.batch)
-    losses = torch.stack(losses).tolist()             # the host waits for the device here, once a step
+    losses = torch.stack(losses).tolist()    # the host waits for the device here, once a step
     metrics.loss = sum(losses)
     return metrics, [(keys, bad, loss) for (keys, bad), loss in zip(samples, losses)]
 
@@ -192,29 +190,33 @@ def _in_short(line: dict, remaining: float) -> str:
 def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: ProcessGroup):
     """Trains one stage from the model folder of the one before, and leaves its own."""
     start = args.init or args.out / {"pretrain": "backbone", "finetune": "pretrain"}[stage]
+    how = (args.gpus, args.mfu, args.micro_batch_tokens or MICRO_BATCH_TOKENS,
+           args.checkpoint_activations)
     if args.assume:                      # neither model nor data need be there
-        return print(*forecast_assumed(stage, args, start_config(start, args, world)), sep="\n")
+        samples, size = assumed_size(args.assume)
+        config, settings = start_config(start, args, world), stage_config(stage, args, samples)
+        return print(*forecast(config, settings, size, *how), sep="\n")
     finish_replacement(start)
     exists = (start / "config.json").exists()
-    own = not (args.init or args.data)   # the tiny world, in which a look needs no trained backbones
+    own = not (args.init or args.data)   # the tiny world, where a look needs no trained backbones
     if not exists and not (own and (args.dry_run or args.show_batch)):
         if stage == "finetune" or not own:
-            before = "" if stage == "pretrain" else "run `python train.py --stage pretrain` first, or "
-            raise UserError(f"{quoted(start)} holds no model: {before}name one with --init")
+            first = "run `python train.py --stage pretrain` first, or " if stage == "finetune" else ""
+            raise UserError(f"{quoted(start)} holds no model: {first}name one with --init")
         group.on_first(lambda: make_backbones(start, world))
         exists = True
 
     config = start_config(start, args, world)
     if stage == "pretrain" and config.vision is None:
-        raise UserError(f"{quoted(start)} has no image encoder, so stage 1 has nothing to train: give "
-                        "--init a model that sees")
+        raise UserError(f"{quoted(start)} has no image encoder, so stage 1 has nothing to train: "
+                        "give --init a model that sees")
     tokenizer = Tokenizer(start / "tokenizer.json") if exists else tiny_tokenizer(config)
     data = open_data(stage, args, world, config, tokenizer, group)
     if args.show_batch:
         with data.loader(data.plan, group, 0, 1) as loader:
             return print(*show_batch(next(iter(loader)).batch, tokenizer), sep="\n")
     if args.dry_run:
-        print(*forecast_data(data, args, config), sep="\n")
+        print(*forecast(config, data.config, average_size(data), *how), sep="\n")
         if group.device.type != "cpu" or not exists:
             return
 
@@ -224,9 +226,11 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: P
     if args.dry_run:
         shard_model(model, group)
         with data.loader(data.plan, group, 0, 1) as loader:
-            seconds = seconds_a_step(model, loader)
-        return print(f"  {seconds:,.1f} s a step, {seconds * data.config.steps / 3600:,.2f} hours on this "
-                     "CPU (measured on one micro-batch)")
+            packed = next(iter(loader))
+        seconds = seconds_of(model, packed.batch)
+        seconds *= data.config.batch_size / (group.size * max(1, len(packed.keys)))
+        return print(f"  {seconds:,.1f} s a step, {seconds * data.config.steps / 3600:,.2f} hours on "
+                     "this CPU (measured on one micro-batch)")
     settings = {"init": str(start), "visual_path": dataclasses.asdict(config.visual_path)}
     settings |= data.settings | dataclasses.asdict(data.config)
     run = RunFolder(args.out / f"{stage}-run", settings, group, args.resume, args.force)
@@ -238,46 +242,20 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: P
         for layer in model.decoder.layers:
             layer.compile(dynamic=True)
     stored = shard_model(model, group)
-    late = train(model, partial(data.steps, group), data.config, run, group,
-                 data.held_out and partial(data.held_out_steps, group), args.checkpoint_every, args.max_bad)
+
+    def load(first: int) -> Loader:
+        return data.loader(data.plan, group, first, data.config.steps)
+
+    def load_held_out() -> Loader:
+        return data.loader(data.held_out, group, 0, data.held_out.steps_per_epoch)
+
+    late = train(model, load, data.config, run, group, load_held_out if data.held_out else None,
+                 args.checkpoint_every, args.max_bad)
     save_model(model, stored, group, args.out / stage)
     run.finish()
     if late:
         raise Stopped(f"{stage} is finished and saved: run the same command with --resume for what "
                       "comes after it")
-
-
-def start_config(start: Path, args: argparse.Namespace, world: WorldConfig) -> ModelConfig:
-    """Of the model that a stage starts from, with the visual path that the flags ask for."""
-    if args.preset:
-        config = PRESETS[args.preset]
-    elif (start / "config.json").exists():
-        config = ModelConfig.from_dict(read_json(start / "config.json"))
-    else:
-        config = tiny_config(world)
-    return dataclasses.replace(config, visual_path=visual_path_from(args, config.visual_path))
-
-
-def open_data(stage: str, args: argparse.Namespace, world: WorldConfig, config: ModelConfig,
-              tokenizer: Tokenizer, group: ProcessGroup) -> StageData:
-    """--data and --val-data, or the tiny world's, drawn when needed: no picture comes twice."""
-    if args.data:
-        mixture = open_files(args.data, args, group)
-        held_out = open_files(args.val_data, args, group) if args.val_data else None
-        train_config = stage_config(stage, args, len(mixture))
-        settings = {"data": args.data, "conversations": mixture.sizes, "max_length": args.max_length}
-    else:
-        train_config = stage_config(stage, args)
-        kind, batch_size = "caption" if stage == "pretrain" else "conversation", train_config.batch_size
-        epoch = min(train_config.steps * batch_size, 2 ** 20)
-        mixture = Mixture([ToyDataset(world, "train", kind, epoch)], endless=True)
-        held_out = Mixture([ToyDataset(world, "held-out", kind, 8 * batch_size)])
-        settings = {"world": dataclasses.asdict(world), "by_cost": args.micro_batch_tokens is not None}
-    return StageData(train_config, settings, args, config, tokenizer, group, mixture, held_out)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    return parse_flags(__doc__, argv)
 
 
 def main(args: argparse.Namespace):
@@ -290,7 +268,8 @@ def main(args: argparse.Namespace):
                 if stage != "backbone":
                     run_stage(stage, args, world, group)
                 elif not look:
-                    group.on_first(lambda: make_backbones(args.out / "backbone", world, force=args.force))
+                    folder = args.out / "backbone"
+                    group.on_first(lambda: make_backbones(folder, world, force=args.force))
         except Stopped as stopped:
             if group.is_first:
                 print(stopped)
@@ -307,4 +286,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(parse()), goes_on=True)
+    run_command(lambda: main(parse_flags(__doc__)), goes_on=True)

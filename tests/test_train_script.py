@@ -24,6 +24,7 @@ from nanoeemllm.data import Mixture
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.toy import WorldConfig, export_llava
 from nanoeemllm.training.distributed import init_distributed
+from nanoeemllm.training.flags import parse_flags
 from nanoeemllm.training.run_folder import RunFolder
 from tiny_run import free_port, tiny_model
 
@@ -39,7 +40,7 @@ def world(tmp_path_factory):
 
 
 def call(*arguments) -> None:
-    train.main(train.parse([str(a) for a in (*arguments, "--device", "cpu")]))
+    train.main(parse_flags("", [str(a) for a in (*arguments, "--device", "cpu")]))
 
 
 def on_files(world, out, stage, *more):
@@ -111,7 +112,7 @@ def test_what_is_missing_is_said(tmp_path, arguments, message):
                                        ["--steps", "2147483647"], ["--batch-size", "999999999"], ["--lr", "1e308"]])
 def test_values_that_make_no_sense(arguments):
     with pytest.raises(UserError, match=arguments[0]):
-        train.parse(arguments)
+        parse_flags("", arguments)
 
 
 def test_unusable_conversations_are_told_before_the_first_step(world, tmp_path, capsys):

@@ -1,9 +1,9 @@
 """Several processes as one: who is who, the model sharded over all of them, and its state on disk.
 
 `torchrun` starts the processes. Each keeps a shard of every tensor (FSDP2): a layer's weights are
-gathered right before the layer runs and freed after it, gradients are summed where the shard lies, and
-AdamW updates shards alone. One process on a CPU has the plain model. On a GPU, one or many, the layers
-compute in bfloat16, trained weights are kept in float32, and frozen ones in bfloat16.
+gathered right before the layer runs and freed after it, gradients are summed where the shard lies,
+and AdamW updates shards alone. One process on a CPU has the plain model. On a GPU, one or many, the
+layers compute in bfloat16, trained weights are kept in float32, and frozen ones in bfloat16.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class ProcessGroup:
         return sum(lists, [])
 
     def on_first(self, function: Callable):
-        """Calls function() on the first process only; its result, or its UserError, is everybody's."""
+        """Calls function() on the first process only; all get its result, or its UserError."""
         if self.size == 1:
             return function()
         answer = [None, None]
@@ -81,14 +81,14 @@ class ProcessGroup:
 
 @contextlib.contextmanager
 def init_distributed(device: str | None):
-    """Gives the ProcessGroup that torchrun has started, or this process alone. device: by default the
-    best there is. A process computes on its share of the machine's cores, unless OMP_NUM_THREADS says
-    otherwise."""
+    """Gives the ProcessGroup that torchrun has started, or this process alone. device: by default
+    the best there is. A process computes on its share of the machine's cores, unless
+    OMP_NUM_THREADS says otherwise."""
     rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
     here = from_environment("LOCAL_WORLD_SIZE", 1)
     if not (rank < size and here > 0) or (size > 1 and "MASTER_ADDR" not in os.environ):
-        raise UserError(f"the environment says process {rank} of {size}, and not where the others are: "
-                        "start several with torchrun, or unset RANK and WORLD_SIZE")
+        raise UserError(f"the environment says process {rank} of {size}, and not where the others "
+                        "are: start several with torchrun, or unset RANK and WORLD_SIZE")
     if here > 1 and "OMP_NUM_THREADS" not in os.environ:     # by default a process takes all cores
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
     device = device_from(device)
@@ -109,8 +109,8 @@ def init_distributed(device: str | None):
 
 def shard_model(model: EEMLLM, group: ProcessGroup, compute_dtype: torch.dtype | None = None,
                 ) -> dict[str, Tensor]:
-    """Puts a model onto the group's devices, what is trained in float32. Returns its tensors as they
-    were.
+    """Puts a model onto the group's devices, what is trained in float32. Returns its tensors as
+    they were.
 
     model: as it is mapped from its files on the CPU, so that a process reads only its own shard; or
     on "meta", to get memory without values. compute_dtype: by default bfloat16 on a GPU.
@@ -147,6 +147,11 @@ def reshard(model: EEMLLM):
     backward pass, and would show them, not the trained shards, as the model's parameters."""
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+def to_local(x: Tensor) -> Tensor:
+    """This process's shard."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def save_model(model: EEMLLM, stored: dict[str, Tensor], group: ProcessGroup, folder: Path):
@@ -189,8 +194,8 @@ def save_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup):
         reasons = [str(e) for e, _ in getattr(error, "failures", {}).values()] or [str(error)]
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{quoted(folder)} cannot be written ({reasons[0].splitlines()[0]}): the "
-                        "checkpoint before it stands; make room on the disk and go on with --resume",
-                        ) from error
+                        "checkpoint before it stands; make room on the disk and go on with "
+                        "--resume") from error
 
 
 def is_whole(folder: Path, group: ProcessGroup) -> bool:
@@ -219,5 +224,5 @@ def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup):
     try:
         dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=group.size == 1)
     except dcp.api.CheckpointException as error:
-        raise UserError(f"{quoted(folder)} holds other tensors than this run trains: finish it with the "
-                        "version that began it, or train anew (--force)") from error
+        raise UserError(f"{quoted(folder)} holds other tensors than this run trains: finish it with "
+                        "the version that began it, or train anew (--force)") from error

@@ -22,7 +22,8 @@ from nanoeemllm.border.files import (finish_replacement, quoted, read_json, repl
 from nanoeemllm.config import UserError
 from nanoeemllm.plot import line_chart
 from nanoeemllm.training.config import TrainConfig
-from nanoeemllm.training.distributed import ProcessGroup, is_whole, load_state, save_state
+from nanoeemllm.training.distributed import (ProcessGroup, is_whole, load_state, save_state,
+                                             to_local)
 
 KEPT = 2      # checkpoints: the newest, and the one before in case it is damaged
 FORMAT = 2    # of the folder
@@ -33,8 +34,8 @@ class RunFolder:
 
     def __init__(self, folder: Path, settings: dict, group: ProcessGroup, resume: bool,
                  force: bool = False):
-        """settings: plain JSON. Raises UserError where they are not those of the run to resume, where
-        a run that is there already would be overwritten, and where another process trains here."""
+        """settings: plain JSON. Raises UserError where they are not those of the run to resume,
+        where a run would be overwritten, and where another process trains here."""
         self.folder, self.checkpoints, self.group = folder, folder / "checkpoints", group
         self.metrics, self.bad_samples = folder / "metrics.jsonl", folder / "bad_samples.jsonl"
         self.bad = 0
@@ -48,14 +49,14 @@ class RunFolder:
             self._lock()
         if config.exists() and (resume or not force):
             if not resume:
-                raise UserError(f"{quoted(self.folder)} holds a run already: go on with it (--resume), "
-                                "train it anew (--force), or give another --out")
+                raise UserError(f"{quoted(self.folder)} holds a run already: go on with it "
+                                "(--resume), train it anew (--force), or give another --out")
             self._compare(read_json(config), settings)
         else:
             held = [f for f in self.folder.glob("*") if f.name[0] != "."]
             if held and not force:
-                raise UserError(f"{quoted(self.folder)} holds {held[0].name} but no run.json: move it "
-                                "away, or train anew (--force)")
+                raise UserError(f"{quoted(self.folder)} holds {held[0].name} but no run.json: move "
+                                "it away, or train anew (--force)")
             with replace_folder(self.folder) as aside:
                 (aside / "run.json").write_text(json.dumps(settings, indent=1))
             self._lock()
@@ -70,13 +71,13 @@ class RunFolder:
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another process trains in {quoted(self.folder)}: wait for it, or give "
-                            "another --out") from error
+            raise UserError(f"another process trains in {quoted(self.folder)}: wait for it, or "
+                            "give another --out") from error
 
     def _compare(self, before: dict, settings: dict):
         if "format" not in before:
-            print(f"{quoted(self.folder)} is an earlier version's run: it goes on, but its batches are "
-                  "grouped otherwise, so within 32 steps a sample may come twice or not at all")
+            print(f"{quoted(self.folder)} is an earlier version's run: it goes on, but its batches "
+                  "are grouped otherwise: within 32 steps a sample may come twice or not at all")
             path = {key: before.get("visual_path", {}).get(key) for key in settings["visual_path"]}
             before = before | {"format": FORMAT, "visual_path": path}
         changed = [f"{key} was {before.get(key)!r} and is now {settings.get(key)!r}"
@@ -114,22 +115,29 @@ class RunFolder:
         logged after it will be logged again."""
         step = 0
         for saved in reversed(self.group.on_first(self.saved_steps)):
-            if is_whole(self._checkpoint(saved), self.group):
+            folder = self._checkpoint(saved)
+            if is_whole(folder, self.group):
                 step = saved
-                load_state(state, self._checkpoint(step), self.group)
+                load_state(state, folder, self.group)
+                self._tell_zeroed(step, state)
                 break
             if self.group.is_first:
                 print(f"the checkpoint of step {saved} is not whole: going back to the one before it")
-                shutil.rmtree(self._checkpoint(saved))
+                shutil.rmtree(folder)
         self.bad = self.group.on_first(lambda: self._forget_after(step))
-        zeroed = [name for name, x in state.items() if name.endswith(" exp_avg_sq")
-                  and step and not self.group.sum(_local(x).count_nonzero().item())[0]]
-        if zeroed and self.group.is_first:
-            print(f"the checkpoint of step {step} has AdamW moments of zero for {len(zeroed)} tensors "
-                  f"({zeroed[0].split()[0]}, ...): where these were trained before, an earlier version "
-                  "has lost them after a held-out measurement, and the run will not go on as if it "
-                  "had never stopped; --force trains anew")
         return step
+
+    def _tell_zeroed(self, step: int, state: dict[str, Tensor]):
+        """The first edition wrote AdamW moments of zero after a held-out measurement under FSDP2."""
+        names = [name for name in state if name.endswith(" exp_avg_sq")]
+        shards = [to_local(state[name]) for name in names]
+        nonzero = self.group.sum(*(shard.count_nonzero().item() for shard in shards))
+        zeroed = nonzero.count(0)
+        if zeroed and self.group.is_first:
+            print(f"the checkpoint of step {step} has AdamW moments of zero for {zeroed} tensors "
+                  f"({names[nonzero.index(0)].split()[0]}, ...): where these were trained before, an "
+                  "earlier version has lost them, and the run does not go on as if it had never "
+                  "stopped; --force trains anew")
 
     def _forget_after(self, step: int) -> int:
         """Returns how many bad samples stay."""
@@ -161,8 +169,9 @@ class RunFolder:
         if self.bad > allowed * max(seen, min(1000, config.steps * config.batch_size)):
             key, reason = bad[-1]
             raise UserError(f"{self.bad} of {seen:,} samples so far could not be used, over "
-                            f"{allowed:.2%} (the last: {key}: {reason}): see {quoted(self.bad_samples)}, "
-                            "mend them or allow more with --max-bad; then --resume")
+                            f"{allowed:.2%} (the last: {key}: {reason}): see "
+                            f"{quoted(self.bad_samples)}, mend them or allow more with --max-bad; "
+                            "then --resume")
 
     def draw_curve(self):
         if self.group.is_first:
@@ -182,7 +191,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"] if line.endswith("\n") else float("inf")
     except (ValueError, TypeError, KeyError):
         return float("inf")
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if hasattr(x, "to_local") else x

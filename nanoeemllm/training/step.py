@@ -74,8 +74,10 @@ class Operations:
 
 def scale_gradients(params: Iterable[nn.Parameter], targets: float, group: ProcessGroup,
                     clip: float) -> float:
-    """Gradients of the summed loss -> of the mean over `targets` tokens, their norm clipped. Returns
-    the norm before. FSDP2 has averaged over the processes: times their number, it is the sum."""
+    """Gradients of the summed loss -> of the mean over `targets` tokens, clipped to the norm `clip`.
+    Returns their norm before, and where that is not finite changes nothing.
+
+    FSDP2 has averaged the gradients over the processes: times their number, it is the sum."""
     grads = [p.grad for p in params if p.grad is not None]
     scale = group.size / max(1.0, targets)
     norm = torch.nn.utils.get_total_norm(grads)
@@ -88,6 +90,7 @@ def scale_gradients(params: Iterable[nn.Parameter], targets: float, group: Proce
 
 @contextlib.contextmanager
 def out_of_memory(packed: Packed) -> Iterator[None]:
+    """Says what was computed and what to lower, where memory ends."""
     try:
         yield
     except RuntimeError as error:
@@ -96,9 +99,9 @@ def out_of_memory(packed: Packed) -> Iterator[None]:
             raise
         raise OnOneProcess(
             f"out of memory at step {packed.step + 1}, in a micro-batch of {len(packed.keys)} samples "
-            f"with {len(packed.batch.ids):,} text and {len(packed.batch.patches):,} visual tokens: lower "
-            "--micro-batch-tokens or --max-length, add --checkpoint-activations, or use more GPUs; then "
-            "--resume") from error
+            f"with {len(packed.batch.ids):,} text and {len(packed.batch.patches):,} visual tokens: "
+            "lower --micro-batch-tokens or --max-length, add --checkpoint-activations, or use more "
+            "GPUs; then --resume") from error
 
 
 def steps_of(packed: Iterable[Packed]) -> Iterator[tuple[int, Iterator[Packed]]]:
