@@ -22,7 +22,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -101,8 +101,8 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
                 keys = ", ".join(group.gather(sum(odd, []))[:8]) or "unknown"
                 raise UserError(
                     f"the loss is {total.mean_loss} and the norm of its gradient {norm} at step "
-                    f"{step + 1}, samples {keys}: the last checkpoint stands; lower the learning rate "
-                    "or look at these samples")
+                    f"{step + 1}, samples {keys}: the last checkpoint stands; lower the learning "
+                    "rate or look at these samples")
             for param_group in optimizer.param_groups:
                 param_group["lr"] = learning_rate(config, step)
             optimizer.step()
@@ -165,12 +165,20 @@ def accumulate(model: EEMLLM, micro_batches: Iterable[Packed], backward: bool,
 @torch.no_grad()
 def measure(model: EEMLLM, held_out: Callable, group: ProcessGroup) -> dict[str, float]:
     """Mean loss over all target tokens of held-out data, and how many of its samples are bad."""
-    with held_out() as loader, tqdm(loader, desc="held-out", unit=" micro-batches", leave=False,
-                                    disable=None if group.is_first else True) as packed:
-        total = accumulate(model, packed, backward=False)[0].over(group)
+    with held_out() as loader:
+        micro_batches = _with_bar(loader, group) if group.is_first else loader
+        total = accumulate(model, micro_batches, backward=False)[0].over(group)
     reshard(model)
     line = {"held_out_loss": total.mean_loss} if total.targets else {}
     return line | ({"held_out_bad": int(total.bad)} if total.bad else {})
+
+
+def _with_bar(loader: Loader, group: ProcessGroup) -> Iterator[Packed]:
+    with tqdm(desc="held-out", total=loader.samples, unit=" samples", leave=False,
+              disable=None) as bar:
+        for packed in loader:
+            yield packed
+            bar.update(group.size * (len(packed.keys) + len(packed.bad)))
 
 
 def _in_short(line: dict, remaining: float) -> str:
@@ -196,13 +204,15 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: P
         samples, size = assumed_size(args.assume)
         config, settings = start_config(start, args, world), stage_config(stage, args, samples)
         return print(*forecast(config, settings, size, *how), sep="\n")
-    finish_replacement(start)
+    group.on_first(lambda: finish_replacement(start))
     exists = (start / "config.json").exists()
     own = not (args.init or args.data)   # the tiny world, where a look needs no trained backbones
     if not exists and not (own and (args.dry_run or args.show_batch)):
         if stage == "finetune" or not own:
-            first = "run `python train.py --stage pretrain` first, or " if stage == "finetune" else ""
-            raise UserError(f"{quoted(start)} holds no model: {first}name one with --init")
+            how_to = "name one with --init"
+            if stage == "finetune":
+                how_to = "run `python train.py --stage pretrain` first, or " + how_to
+            raise UserError(f"{quoted(start)} holds no model: {how_to}")
         group.on_first(lambda: make_backbones(start, world))
         exists = True
 
@@ -229,8 +239,9 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: P
             packed = next(iter(loader))
         seconds = seconds_of(model, packed.batch)
         seconds *= data.config.batch_size / (group.size * max(1, len(packed.keys)))
-        return print(f"  {seconds:,.1f} s a step, {seconds * data.config.steps / 3600:,.2f} hours on "
-                     "this CPU (measured on one micro-batch)")
+        hours = seconds * data.config.steps / 3600
+        return print(f"  {seconds:,.1f} s a step, {hours:,.2f} hours on this CPU (measured on one "
+                     "micro-batch)")
     settings = {"init": str(start), "visual_path": dataclasses.asdict(config.visual_path)}
     settings |= data.settings | dataclasses.asdict(data.config)
     run = RunFolder(args.out / f"{stage}-run", settings, group, args.resume, args.force)

@@ -74,7 +74,7 @@ def make_optimizer(params: dict[str, nn.Parameter], config: TrainConfig) -> torc
 
 def training_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
                    ) -> dict[str, Tensor]:
-    """Trained weights and AdamW's moments, by name: the tensors themselves, to save or to read into."""
+    """Trained weights and AdamW's moments, by name: the tensors themselves, to save or read."""
     state = {}
     for name, p in params.items():
         moments = optimizer.state[p]

@@ -224,5 +224,5 @@ def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup):
     try:
         dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=group.size == 1)
     except dcp.api.CheckpointException as error:
-        raise UserError(f"{quoted(folder)} holds other tensors than this run trains: finish it with "
-                        "the version that began it, or train anew (--force)") from error
+        raise UserError(f"{quoted(folder)} holds other tensors than this run trains: finish it "
+                        "with the version that began it, or train anew (--force)") from error

@@ -15,14 +15,15 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     parser = Parser(description)
     add = parser.add_argument
     add("--stage", choices=("all", "backbone", "pretrain", "finetune"), default="all")
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="where the stages' folders go (out)")
+    add("--out", type=Path, default=Path("out"), metavar="DIR", help="for the stages' folders")
     add("--init", type=Path, metavar="DIR", help="model folder to start from (the stage before's)")
     add_visual_path_flags(parser)
     add("--steps", type=positive(int, most=STEPS), help="optimizer steps of the stage")
     add("--batch-size", type=positive(int, most=SIZE), help="samples a step, over all processes")
     add("--lr", type=positive(float, most=1000), help="highest learning rate")
     add("--seed", type=positive(int, or_zero=True, most=2**31 - 1), default=0)
-    add("--checkpoint-every", type=positive(int, most=STEPS), default=500, metavar="STEPS", help="(500)")
+    add("--checkpoint-every", type=positive(int, most=STEPS), default=500, metavar="STEPS",
+        help="(500)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--force", action="store_true", help="train anew what --out holds already")
     add("--device", help="cuda, mps or cpu (the first there is)")
@@ -64,7 +65,8 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     args = parser.parse_args(argv)
     one_stage = args.stage in ("pretrain", "finetune")
     for wrong, why in (
-            (args.data and not one_stage, "--data is for one stage: add --stage pretrain or finetune"),
+            (args.data and not one_stage,
+             "--data is for one stage: add --stage pretrain or --stage finetune"),
             (args.init and args.stage == "all", "--init is for one stage: add --stage"),
             ((args.val_data or args.images or args.epochs) and not (args.data or args.assume),
              "--val-data, --images and --epochs are for --data: name LLaVA's JSON"),

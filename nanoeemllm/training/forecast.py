@@ -94,8 +94,8 @@ def show_batch(batch: Batch, tokenizer: Tokenizer) -> Iterator[str]:
     is_target[batch.learned_rows + 1] = True
     is_target, position = is_target.tolist(), batch.layout.text.position.tolist()
     grids = iter(batch.layout.grids)
-    yield (f"{len(batch.keys)} samples, {len(batch.ids):,} text rows, {len(batch.patches):,} visual "
-           f"rows, {len(batch.targets):,} target tokens ({GREEN}green{PLAIN}), no padding")
+    yield (f"{len(batch.keys)} samples, {len(batch.ids):,} text rows, {len(batch.patches):,} "
+           f"visual rows, {len(batch.targets):,} target tokens ({GREEN}green{PLAIN}), no padding")
     text, visual = batch.layout.text, batch.layout.visual
     for key, start, length, seen in zip(batch.keys, text.start.tolist(), text.length.tolist(),
                                         visual.length.tolist()):

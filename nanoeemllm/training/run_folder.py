@@ -122,21 +122,22 @@ class RunFolder:
                 self._tell_zeroed(step, state)
                 break
             if self.group.is_first:
-                print(f"the checkpoint of step {saved} is not whole: going back to the one before it")
+                print(f"the checkpoint of step {saved} is not whole: going back to the one before "
+                      "it")
                 shutil.rmtree(folder)
         self.bad = self.group.on_first(lambda: self._forget_after(step))
         return step
 
     def _tell_zeroed(self, step: int, state: dict[str, Tensor]):
-        """The first edition wrote AdamW moments of zero after a held-out measurement under FSDP2."""
+        """The first edition wrote such after a held-out measurement under FSDP2."""
         names = [name for name in state if name.endswith(" exp_avg_sq")]
         shards = [to_local(state[name]) for name in names]
         nonzero = self.group.sum(*(shard.count_nonzero().item() for shard in shards))
         zeroed = nonzero.count(0)
         if zeroed and self.group.is_first:
             print(f"the checkpoint of step {step} has AdamW moments of zero for {zeroed} tensors "
-                  f"({names[nonzero.index(0)].split()[0]}, ...): where these were trained before, an "
-                  "earlier version has lost them, and the run does not go on as if it had never "
+                  f"({names[nonzero.index(0)].split()[0]}, ...): where these were trained before, "
+                  "an earlier version has lost them, and the run does not go on as if it had never "
                   "stopped; --force trains anew")
 
     def _forget_after(self, step: int) -> int:

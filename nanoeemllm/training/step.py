@@ -74,7 +74,7 @@ class Operations:
 
 def scale_gradients(params: Iterable[nn.Parameter], targets: float, group: ProcessGroup,
                     clip: float) -> float:
-    """Gradients of the summed loss -> of the mean over `targets` tokens, clipped to the norm `clip`.
+    """Gradients of the summed loss -> of the mean over `targets` tokens, clipped to norm `clip`.
     Returns their norm before, and where that is not finite changes nothing.
 
     FSDP2 has averaged the gradients over the processes: times their number, it is the sum."""
@@ -98,10 +98,10 @@ def out_of_memory(packed: Packed) -> Iterator[None]:
         if not full:
             raise
         raise OnOneProcess(
-            f"out of memory at step {packed.step + 1}, in a micro-batch of {len(packed.keys)} samples "
-            f"with {len(packed.batch.ids):,} text and {len(packed.batch.patches):,} visual tokens: "
-            "lower --micro-batch-tokens or --max-length, add --checkpoint-activations, or use more "
-            "GPUs; then --resume") from error
+            f"out of memory at step {packed.step + 1}, in a micro-batch of {len(packed.keys)} "
+            f"samples with {len(packed.batch.ids):,} text and {len(packed.batch.patches):,} visual "
+            "tokens: lower --micro-batch-tokens or --max-length, add --checkpoint-activations, or "
+            "use more GPUs; then --resume") from error
 
 
 def steps_of(packed: Iterable[Packed]) -> Iterator[tuple[int, Iterator[Packed]]]:
