@@ -17,14 +17,15 @@ from torch.distributed.tensor import DTensor
 from nanoeemllm import checkpoint
 from nanoeemllm.config import LlamaConfig, ModelConfig, VisionConfig, VisualPathConfig
 from nanoeemllm.data import Loader, Mixture, Plan, encode_sample
-from nanoeemllm.distributed import Group, join, save_model, spread
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import Tokenizer
-from nanoeemllm.run import Run
 from nanoeemllm.toy import make_tokenizer
-from nanoeemllm.training import TrainConfig, freeze_for, train
+from nanoeemllm.training.config import TrainConfig, freeze
+from nanoeemllm.training.distributed import ProcessGroup, init_distributed, save_model, shard_model
+from nanoeemllm.training.run_folder import RunFolder
+from train import train
 
-ALONE = Group(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 WORDS = "red blue green cat star ring left right one two".split()
 
 
@@ -69,7 +70,7 @@ def tiny_model(path: str = "eemllm", stage: str = "finetune", **settings) -> EEM
                 p.normal_(1.0 if "norm" in name else 0.0, 0.2)           # nothing is left at its beginning
             else:
                 p.mul_(5)
-    freeze_for(model, stage)
+    freeze(model, stage)
     return model
 
 
@@ -86,15 +87,15 @@ def encode(conversation: dict):
     return encode_sample(conversation, tiny_tokenizer(), config.chat_template, config.vision, 200)
 
 
-def tiny_run(folder: Path, group: Group = ALONE, stage: str = "finetune", path: str = "eemllm", steps: int = 8,
+def tiny_run(folder: Path, group: ProcessGroup = ALONE, stage: str = "finetune", path: str = "eemllm", steps: int = 8,
              loader: type = Loader, plan: Plan | None = None, resume: bool = False, checkpoint_every: int = 2,
-             max_bad: float = 0.01, model: EEMLLM | None = None, held_out: Plan | None = None) -> Run:
+             max_bad: float = 0.01, model: EEMLLM | None = None, held_out: Plan | None = None) -> RunFolder:
     """A whole run in folder/run, and its model in folder/model."""
     model = model or tiny_model(path, stage)
-    stored = spread(model, group)
+    stored = shard_model(model, group)
     config = TrainConfig(stage, steps, 8, 1e-2, weight_decay=0.01)
     plan = plan or tiny_plan()
-    run = Run(folder / "run", {**dataclasses.asdict(config), "path": path}, group, resume)
+    run = RunFolder(folder / "run", {**dataclasses.asdict(config), "visual_path": {"name": path}}, group, resume)
     train(model, lambda first: loader(plan, encode, first, steps, group.rank, group.size), config, run, group,
           held_out and (lambda: Loader(held_out, encode, 0, held_out.steps_per_epoch, group.rank, group.size)),
           checkpoint_every, max_bad)
@@ -130,11 +131,15 @@ def start(function, *arguments, rank: int = 0, size: int = 1, port: int = 0) -> 
     return process
 
 
-def in_processes(size: int, function, *arguments):
-    """function(group, *arguments) in `size` processes that are one group."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def in_processes(size: int, function, *arguments):
+    """function(group, *arguments) in `size` processes that are one group."""
+    port = free_port()
     processes = [start(function, *arguments, rank=rank, size=size, port=port) for rank in range(size)]
     for process in processes:
         process.join(600)
@@ -142,7 +147,6 @@ def in_processes(size: int, function, *arguments):
 
 
 def _one(rank: int, size: int, port: int, function, arguments):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with join("cpu") as group:
+    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with init_distributed("cpu") as group:
         function(group, *arguments)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.paths import is_new_weight
+from nanoeemllm.visual_path import learns_in_pretrain
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def freeze(model: EEMLLM, stage: str):
     model (stage "pretrain"), or these and the language model."""
     for name, p in model.named_parameters():
         in_stage = stage == "finetune" and name.startswith("decoder.")
-        p.requires_grad_(is_new_weight(name) or in_stage)
+        p.requires_grad_(learns_in_pretrain(name) or in_stage)
 
 
 def trained_parameters(model: EEMLLM) -> dict[str, nn.Parameter]:
@@ -74,7 +74,7 @@ def make_optimizer(params: dict[str, nn.Parameter], config: TrainConfig) -> torc
 
 def training_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
                    ) -> dict[str, Tensor]:
-    """Trained weights and AdamW's moments, by name: the tensors themselves, to save or to read into."""
+    """Trained weights and AdamW's moments, by name: the tensors themselves, to save or read."""
     state = {}
     for name, p in params.items():
         moments = optimizer.state[p]
