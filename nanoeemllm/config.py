@@ -119,6 +119,11 @@ class VisualPath:
     rotates_keys: ClassVar[bool] = True              # visual keys are rotated by their positions
     computes_llava_attention: ClassVar[bool] = False
 
+    @classmethod
+    def published(cls, llama: LlamaConfig) -> "VisualPath | None":
+        """With its paper's settings, scaled to a language model. None: it has no such settings."""
+        return cls()
+
     def check(self, llama: LlamaConfig):
         """Raises UserError where the settings do not fit the language model."""
 

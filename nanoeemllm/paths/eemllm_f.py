@@ -16,6 +16,11 @@ class EEMLLMF(VisualPath):
     composite_layers: tuple[int, ...] = size((), least=0, most=1000, parse=layer_numbers, metavar="LAYERS",
                                              help="as in eemllm: 16-31 or 0,2,5-7")
 
+    @classmethod
+    def published(cls, llama: LlamaConfig) -> "EEMLLMF":
+        L = llama.num_hidden_layers
+        return cls(tuple(range(L // 2, L)))
+
     def check(self, llama: LlamaConfig):
         L = llama.num_hidden_layers
         if not self.composite_layers:

@@ -82,6 +82,10 @@ class Flamingo(VisualPath):
     rotates_keys = False
     every: int = size(4, most=1000, help="a gated block every K layers (4)", metavar="K")
 
+    @classmethod
+    def published(cls, llama: LlamaConfig) -> "Flamingo":
+        return cls(min(4, llama.num_hidden_layers))
+
     def check(self, llama: LlamaConfig):
         L = llama.num_hidden_layers
         if self.every > L:

@@ -152,6 +152,12 @@ class YOPO(VisualPath):
                                    help="heads pruned in each layer but the first two (0)")
     kept_heads: tuple[tuple[int, ...], ...] = size((), least=0)   # per layer, as calibrated; () is the first
 
+    @classmethod
+    def published(cls, llama: LlamaConfig) -> "YOPO":
+        L, H = llama.num_hidden_layers, llama.num_attention_heads
+        return cls(window=5, ffn_ratio=2, last_visual_layer=max(1, L // 2),
+                   prune_heads=H * 3 // 4 or None)
+
     def check(self, llama: LlamaConfig):
         L, H = llama.num_hidden_layers, llama.num_attention_heads
         if self.window % 2 == 0:
