@@ -11,10 +11,12 @@ import torch
 
 from layouts import seeded
 from nanoeemllm import load
-from nanoeemllm.backbone import tiny_tokenizer
+from nanoeemllm.paths import make
+from nanoeemllm.weights.initialize import initialize
+from nanoeemllm.toy.backbones import tiny_tokenizer
 from nanoeemllm.calibrate import choose_heads, measure, ratio
 from nanoeemllm.checkpoint import save
-from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
+from nanoeemllm.config import PRESETS, UserError
 from nanoeemllm.evaluate import main
 from nanoeemllm.model import EEMLLM
 from test_model import picture
@@ -50,11 +52,11 @@ def test_every_layer_keeps_a_head():
 def tiny_folder(tmp_path):
     torch.manual_seed(0)
     tiny = PRESETS["tiny"]
-    config = dataclasses.replace(tiny, visual_path=VisualPathConfig("llava"),
+    config = dataclasses.replace(tiny, visual_path=make("llava"),
                                  llama=dataclasses.replace(tiny.llama, num_hidden_layers=4))
     tokenizer = tiny_tokenizer(config)
     model = EEMLLM(config, tokenizer)
-    model.initialize()
+    initialize(model)
     save(model.state_dict(), config, tokenizer, tmp_path / "model")
     return tmp_path / "model"
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from nanoeemllm import checkpoint
 from nanoeemllm.config import VISUAL_PATHS
 from nanoeemllm.data import Loader, Packed
-from nanoeemllm.model import collate
+from nanoeemllm.data import collate
 from nanoeemllm.training.distributed import save_model, shard_model
 from nanoeemllm.training.step import Stopped
 from train import accumulate

@@ -16,7 +16,7 @@ from torch import nn
 from nanoeemllm import checkpoint
 from nanoeemllm.config import IMAGE_TOKEN, UserError
 from nanoeemllm.data import Loader, Packed, Sample
-from nanoeemllm.model import collate
+from nanoeemllm.data import collate
 from nanoeemllm.training.config import TrainConfig, learning_rate, make_optimizer, trained_parameters, training_state
 from nanoeemllm.training.distributed import is_whole, save_state
 from nanoeemllm.training.run_folder import RunFolder

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from nanoeemllm.config import ModelConfig, UserError
 from nanoeemllm.data import Packed
 from nanoeemllm.model import Batch
-from nanoeemllm.training import cost
+from nanoeemllm.data import cost
 from nanoeemllm.training.distributed import ProcessGroup
 
 # A GPU's dense bfloat16 operations a second; MFU is measured against it.

@@ -22,7 +22,7 @@ from nanoeemllm.attention import compute, use_attention
 from nanoeemllm.config import IMAGE_TOKEN, ModelConfig
 from nanoeemllm.layout import build_layout
 from nanoeemllm.model import EEMLLM, Batch
-from nanoeemllm.training.config import freeze
+from nanoeemllm.paths import is_trained
 
 Samples = list[tuple[int, list[int]]]
 
@@ -78,7 +78,8 @@ def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_act
         with torch.no_grad():
             model(batch)
         return
-    freeze(model, stage)
+    for name, p in model.named_parameters():
+        p.requires_grad_(is_trained(name, stage))
 
     def pack(x):
         if save is not None:
