@@ -363,8 +363,10 @@ def export_source(name: str, folder: Path) -> tuple[Path, Path]:
 
 
 def exported_files(folder: Path) -> dict:
-    """All that transformers reads: the configurations, and the weights' checksum."""
-    files = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    """What transformers reads: the configurations, and the weights' checksum. (The tokenizer's words
+    are compared by check_words.)"""
+    files = {path.name: json.loads(path.read_text())
+             for path in folder.glob("*.json") if path.name != "tokenizer.json"}
     weights = b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
     return files | {"weights": hashlib.sha256(weights).hexdigest()}
 
