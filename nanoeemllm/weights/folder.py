@@ -58,7 +58,8 @@ def load(folder, device=None, dtype: torch.dtype | None = None,
     state = {}
     for path, names in shards(folder, "model.safetensors").items():
         with open_safetensors(path, device) as file:
-            state.update((name, file.get_tensor(name)) for name in listed(path, names, file.keys()))
+            listed(path, names, file.keys())
+            state.update((name, file.get_tensor(name)) for name in file.keys())
     odd = [f"{name} is {x.dtype}" for name, x in state.items() if x.dtype not in DTYPES.values()]
     if odd:
         raise UserError(f"{quoted(folder)}: {odd[0]}; weights must be {', '.join(DTYPES)}")
@@ -217,14 +218,12 @@ def read_safetensors(path: Path, names: list[str]) -> dict[str, Lazy]:
 
 
 def listed(path: Path, names: list[str], held: Iterable[str]) -> list[str]:
-    """All tensors of a file, among them those that the index names. What it does not name is not
-    passed over, for check_tensors to refuse."""
-    held = list(held)
+    """The tensors to read from a file: those that the index names, all of them there, or all."""
     absent = sorted(set(names) - set(held))
     if absent:
         raise UserError(f"{quoted(path)} lacks {len(absent)} tensors that the index places in it: "
                         + _first(absent))
-    return held
+    return names or list(held)
 
 
 def check_tensors(where, expected: dict[str, tuple], found: dict[str, tuple]) -> None:
