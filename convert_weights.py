@@ -1,6 +1,7 @@
 """Public checkpoints, downloaded by hand, -> one nanoeemllm model folder that computes the same.
 
-    python convert_weights.py --llm vicuna-7b-v1.5 --vision siglip-so400m-patch14-384 --out weights/eemllm-7b
+    python convert_weights.py --llm vicuna-7b-v1.5 --vision siglip-so400m-patch14-384 \\
+        --out weights/eemllm-7b
     python convert_weights.py --llm vicuna-7b-v1.5 --vision idefics2-8b --out weights/eemllm-7b-980
     python convert_weights.py --llava llava-1.5-7b-hf --out weights/llava-7b
     python convert_weights.py --llm SmolLM2-135M-Instruct --out weights/smollm2
@@ -31,7 +32,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def main():
     args = parse()
     if args.to_hf:
-        print(f"{args.out}: {export(args.to_hf, args.out)}")
+        print(f"{args.out}: written as {export(args.to_hf, args.out)}")
         return
     check_replaceable(args.out, args.force)
     model = read(args.llm, args.vision, args.llava, args.visual_path, args.chat_template,

@@ -82,6 +82,8 @@ class Tokenizer:
                 part.decode(part.encode("a \u00e9\n", add_special_tokens=False).ids)
             ids = source.get_vocab(with_added_tokens=True)
             self.vocab_size: int = max(ids.values()) + 1
+        if self.vocab_size > 2 ** 20:
+            raise UserError(f"{where} has a token of id {self.vocab_size - 1}, over 2^20")
         by_name = [ids[name] for name in EOS_NAMES if name in ids]
         self.eos_ids: tuple[int, ...] = tuple(eos_ids) or tuple(by_name[:1])
         if bos_ids is None:

@@ -52,12 +52,8 @@ def stored_template(folder: Path) -> str | None:
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = folder / name
         found = read_json(path).get("chat_template") if path.exists() else None
-        if isinstance(found, list):              # [{"name": "default", "template": ...}, ...]
-            by_name = {str(item.get("name")): item.get("template") for item in found
-                       if isinstance(item, dict)}
-            found = by_name.get("default")
-        if isinstance(found, str):
-            return found
+        if found is not None:
+            return str(found)                    # several in a list are none that is known
     return None
 
 
@@ -77,12 +73,14 @@ def jinja(name: str, after_bos: str = "") -> str:
                + "{% endif %}") if ours.system else ""
     between = "{% if loop.previtem is defined and loop.previtem.role == 'assistant' %}" + write(
         ours.after) + "{% endif %}" if ours.after else ""
+    asked = "{% if add_generation_prompt %}" + write(ours.assistant) + "{% endif %}"
     return (
         "{% macro text(m) %}{% if m.content is string %}{{ m.content }}{% else %}"
         "{% for item in m.content %}{{ '<image>\\n' if item.type == 'image' else item.text }}"
         "{% endfor %}{% endif %}{% endmacro %}"
-        + ("{{ bos_token }}{{ " + json.dumps(after_bos) + " }}") * ours.bos + default + "{% for m in messages %}"
+        + ("{{ bos_token }}{{ " + json.dumps(after_bos) + " }}") * ours.bos
+        + default + "{% for m in messages %}"
         + "{% if m.role == 'system' %}" + turn(ours.system_turn)
         + "{% elif m.role == 'user' %}" + between + turn(ours.human_turn)
         + "{% else %}" + write(ours.assistant + ours.lead) + "{{ text(m) }}" + end
-        + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + write(ours.assistant) + "{% endif %}")
+        + "{% endif %}{% endfor %}" + asked)

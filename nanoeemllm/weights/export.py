@@ -20,43 +20,49 @@ from nanoeemllm.border.files import quoted, replace_folder
 from nanoeemllm.config import ModelConfig, UserError, VisionConfig
 from nanoeemllm.prompt import IMAGE_TEXT, Tokenizer
 from nanoeemllm.weights.chat import jinja
-from nanoeemllm.weights.folder import (Lazy, is_model, read_config, read_safetensors, read_tokenizer,
-                                       shards, write_json, write_weights)
+from nanoeemllm.weights.folder import (Lazy, is_model, read_config, read_safetensors,
+                                       read_tokenizer, shards, write_json, write_weights)
 from nanoeemllm.weights.published import LLAVA, LLM, published_name, published_shape
 
 
 def export(model: Path, out: Path) -> str:
-    """Returns what was written, in words. Raises UserError that names what the layout cannot say."""
+    """Returns the name of the layout. Raises UserError that names what it cannot say."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{quoted(out)} is there already: choose another --out")
     if not is_model(model):
         raise UserError(f"{quoted(model)} is no model folder; --to-hf writes one out")
     config = read_config(model)
+    tokenizer = read_tokenizer(model, config)
+    library = tokenizer_with(tokenizer, config)
+    layouts, rows = LLM, config.llama.vocab_size
     if config.vision is not None:
         check(config)
-    tokenizer = read_tokenizer(model, config)
-    library_tokenizer = tokenizer_with(tokenizer, config)
-    rows = config.llama.vocab_size
-    if config.vision is not None:                            # <image> may be new
-        rows = max(rows, library_tokenizer.token_to_id(IMAGE_TEXT) + 1)
-    tensors = export_tensors(model, config, rows)
+        layouts, rows = LLAVA, max(rows, library.token_to_id(IMAGE_TEXT) + 1)
+    (name, layout), = layouts.items()
+    tensors = export_tensors(model, config, layout.parts, rows)
+    words = {"architectures": [name], "model_type": layout.model_type,
+             "torch_dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
+    configurations = text_configurations(config, tokenizer, rows)
+    if config.vision is not None:
+        add_vision(configurations, config.vision, library.token_to_id(IMAGE_TEXT))
+    configurations["config.json"] |= words
     with replace_folder(out) as aside:
         write_weights(aside, tensors, progress=True)
-        (aside / "tokenizer.json").write_text(library_tokenizer.to_str(), encoding="utf-8")
-        for name, data in configurations(config, tokenizer, library_tokenizer, tensors).items():
-            write_json(aside / name, data)
-    return "written as " + ("LlavaForConditionalGeneration" if config.vision else "LlamaForCausalLM")
+        (aside / "tokenizer.json").write_text(library.to_str(), encoding="utf-8")
+        for file, data in configurations.items():
+            write_json(aside / file, data)
+    return name
 
 
 def check(config: ModelConfig) -> None:
     path, vision = config.visual_path, config.vision
     if path.own_weights:
-        raise UserError(f"LLaVA's layout has no place for the weights that {path.name} has of its own")
+        raise UserError(f"LLaVA's layout has no place for {path.name}'s own weights")
     if vision.resize == "native":
-        raise UserError("LLaVA's layout has one size for all pictures; this model keeps a picture's "
+        raise UserError("LLaVA's layout has one size for all images; this model keeps an image's "
                         "own aspect ratio (resize native)")
     if (vision.architecture, vision.resize) == ("clip", "square"):
-        raise UserError("LLaVA's layout pads CLIP's pictures; this model stretches them (resize square)")
+        raise UserError("LLaVA's layout pads CLIP's images; this model stretches them (square)")
     if not path.computes_llava_attention:
         print(f"note: LLaVA's layout computes LLaVA's attention, not that of {path.name}",
               file=sys.stderr)
@@ -67,34 +73,33 @@ def check(config: ModelConfig) -> None:
 
 # ---- weights ----
 
-def export_tensors(folder: Path, config: ModelConfig, rows: int) -> dict[str, Lazy | Tensor]:
-    """By their names. rows: of the vocabulary's tables."""
+def export_tensors(folder: Path, config: ModelConfig, parts: dict[str, tuple[str, ...]],
+                   rows: int) -> dict[str, Lazy]:
+    """By their published names. rows: of the vocabulary's tables."""
     ours = {}
     for path, names in shards(folder, "model.safetensors").items():
         ours |= read_safetensors(path, names)
-    norm = "vision.post_layernorm."
     if config.vision is not None and not config.vision.post_layernorm:   # not used, but looked for
-        like = ours["vision.layers.0.layer_norm1.weight"]
-        ours[norm + "weight"] = torch.ones(like.shape, dtype=like.dtype)
-        ours[norm + "bias"] = torch.zeros(like.shape, dtype=like.dtype)
-    layout = LLM["LlamaForCausalLM"] if config.vision is None else LLAVA["LlavaForConditionalGeneration"]
-    prefixes = {prefix: theirs[0] for prefix, theirs in layout.parts.items()}
+        for kind in ("weight", "bias"):
+            ours[f"vision.post_layernorm.{kind}"] = ours[f"vision.layers.0.layer_norm1.{kind}"]
+    prefixes = {prefix: theirs[0] for prefix, theirs in parts.items()}
     tensors = {}
     for name, x in ours.items():
-        shape = published_shape(name, tuple(x.shape), config)
+        shape = published_shape(name, x.shape, config)
         if name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight"):
             shape = (rows, *shape[1:])
-        tensors[published_name(name, prefixes)] = Lazy(shape, x.dtype, functools.partial(load, x, shape))
+        tensors[published_name(name, prefixes)] = Lazy(shape, x.dtype,
+                                                       functools.partial(reshaped, x, shape))
     return tensors
 
 
-def load(x: Lazy | Tensor, shape: tuple) -> Tensor:
-    """New rows of a vocabulary are the mean of the others: such a token is never the likeliest."""
-    x = x.load() if isinstance(x, Lazy) else x
-    if shape[0] > len(x):
-        mean = x.float().mean(0, keepdim=True).to(x.dtype)
-        x = torch.cat([x, mean.expand(shape[0] - len(x), -1)])
-    return x.reshape(shape)
+def reshaped(x: Lazy, shape: tuple) -> Tensor:
+    """New rows of a vocabulary are the mean of the others: never the likeliest token."""
+    table = x.load()
+    new = shape[0] - len(table)
+    if new > 0:
+        table = torch.cat([table, table.float().mean(0, keepdim=True).to(x.dtype).expand(new, -1)])
+    return table.reshape(shape)
 
 
 # ---- tokenizer and configurations ----
@@ -111,73 +116,54 @@ def tokenizer_with(tokenizer: Tokenizer, config: ModelConfig) -> tokenizers.Toke
     if tokenizer.bos_id is not None:
         bos = tokenizer.name_of(tokenizer.bos_id)
         library.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"],
-            special_tokens=[(bos, tokenizer.bos_id)])
+            single=[bos, "$A"], special_tokens=[(bos, tokenizer.bos_id)])
     return library
 
 
-def configurations(config: ModelConfig, tokenizer: Tokenizer, library: tokenizers.Tokenizer,
-                   tensors: dict) -> dict[str, dict]:
-    """File name -> what it holds."""
-    end = tokenizer.end_id(config.chat_template)
-    stops = list(dict.fromkeys([*tokenizer.eos_ids, end]))
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops[0] if len(stops) == 1 else stops,
-           "pad_token_id": stops[0]}
-    dtype = {str(x.dtype).removeprefix("torch.") for x in tensors.values()}
-    embedding = next(x for name, x in tensors.items() if "embed_tokens" in name)
-    rope = config.llama.rope_scaling
-    text = {**dataclasses.asdict(config.llama), **ids, "vocab_size": embedding.shape[0],
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "attention_bias": False, "mlp_bias": False, "torch_dtype": max(dtype),
+def text_configurations(config: ModelConfig, tokenizer: Tokenizer, rows: int) -> dict[str, dict]:
+    """File name -> what it holds, for a language model."""
+    stops = list(dict.fromkeys([*tokenizer.eos_ids, tokenizer.end_id(config.chat_template)]))
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": stops[0]}
+    rope, end = config.llama.rope_scaling, tokenizer.name_of(stops[0])
+    text = {**dataclasses.asdict(config.llama), **ids, "vocab_size": rows, "hidden_act": "silu",
+            "model_type": "llama", "attention_bias": False, "mlp_bias": False,
             "rope_scaling": rope and {"rope_type": "llama3", **dataclasses.asdict(rope)}}
+    after_bos = "" if tokenizer.prefix_after_special else " "
     words = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-             "model_max_length": config.llama.max_position_embeddings,
-             "eos_token": tokenizer.name_of(stops[0]), "pad_token": tokenizer.name_of(stops[0]),
-             "chat_template": jinja(config.chat_template,
-                                    "" if tokenizer.prefix_after_special else " ")}
+             "model_max_length": config.llama.max_position_embeddings, "eos_token": end,
+             "pad_token": end, "add_bos_token": tokenizer.bos_id is not None,
+             "chat_template": jinja(config.chat_template, after_bos)}
     if tokenizer.bos_id is not None:
         words["bos_token"] = tokenizer.name_of(tokenizer.bos_id)
-    if config.bos_token_ids is not None:
-        words["add_bos_token"] = bool(config.bos_token_ids)
-    files = {"config.json": text, "generation_config.json": ids, "tokenizer_config.json": words}
-    if config.vision is None:
-        return files
+    return {"config.json": text, "generation_config.json": ids, "tokenizer_config.json": words}
 
-    clip = config.vision.architecture == "clip"
-    image_id = library.token_to_id(IMAGE_TEXT)
+
+def add_vision(files: dict[str, dict], vision: VisionConfig, image_id: int) -> None:
+    """What LLaVA's layout says of the encoder and of images."""
+    clip, text = vision.architecture == "clip", files["config.json"]
+    processor = {"processor_class": "LlavaProcessor", "image_token": IMAGE_TEXT}
     strategy = {"vision_feature_select_strategy": "default" if clip else "full"}
     files["config.json"] = {
-        **strategy, "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "text_config": text, "vision_config": vision_config(config.vision),
-        "vision_feature_layer": -1, "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
-        "image_token_index": image_id, "image_seq_length": config.vision.grid_size ** 2,
-        "tie_word_embeddings": config.llama.tie_word_embeddings, "torch_dtype": max(dtype)}
-    processor = {"processor_class": "LlavaProcessor"}
-    words |= {**processor, "image_token": IMAGE_TEXT}
-    files["preprocessor_config.json"] = {**image_processor(config.vision), **processor}
-    files["processor_config.json"] = {
-        **processor, **strategy, "image_token": IMAGE_TEXT, "patch_size": config.vision.patch_size,
-        "num_additional_image_tokens": int(clip)}
-    return files
+        **strategy, "text_config": text, "vision_config": vision_config(vision),
+        "vision_feature_layer": -1, "projector_hidden_act": "gelu", "image_token_index": image_id,
+        "multimodal_projector_bias": True, "image_seq_length": vision.grid_size ** 2,
+        "tie_word_embeddings": text["tie_word_embeddings"]}
+    files["tokenizer_config.json"] |= processor
+    files["processor_config.json"] = {**processor, **strategy, "patch_size": vision.patch_size,
+                                      "num_additional_image_tokens": int(clip)}
+    square = {"height": vision.image_size, "width": vision.image_size}
+    pad = vision.resize == "pad"
+    files["preprocessor_config.json"] = {
+        "image_processor_type": "LlavaImageProcessor" if pad else "SiglipImageProcessor",
+        "processor_class": "LlavaProcessor", "do_pad": pad, "size": square, "crop_size": square,
+        "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": vision.image_mean, "image_std": vision.image_std}
 
 
 def vision_config(vision: VisionConfig) -> dict:
     copied = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
               "patch_size", "image_size", "layer_norm_eps")
     act = {"quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}[vision.hidden_act]
-    config = {key: getattr(vision, key) for key in copied}
-    return config | {
-        "model_type": f"{vision.architecture}_vision_model", "hidden_act": act, "num_channels": 3,
-        "tie_last_hidden_states": vision.post_layernorm,     # features after the last norm
-        **({"projection_dim": 768} if vision.architecture == "clip" else {"vision_use_head": False})}
-
-
-def image_processor(vision: VisionConfig) -> dict:
-    square = {"height": vision.image_size, "width": vision.image_size}
-    common = {"image_mean": vision.image_mean, "image_std": vision.image_std, "resample": 3,
-              "size": square, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255,
-              "do_normalize": True, "do_convert_rgb": True}
-    if vision.resize == "pad":
-        return {**common, "image_processor_type": "LlavaImageProcessor", "do_pad": True,
-                "do_center_crop": True, "crop_size": square}
-    return {**common, "image_processor_type": "SiglipImageProcessor"}
+    return {**{key: getattr(vision, key) for key in copied}, "hidden_act": act, "num_channels": 3,
+            "model_type": f"{vision.architecture}_vision_model", "vision_use_head": False,
+            "tie_last_hidden_states": vision.post_layernorm}       # features after the last norm

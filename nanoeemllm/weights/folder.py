@@ -72,9 +72,10 @@ def load(folder, device=None, dtype: torch.dtype | None = None,
         stored = next((x.dtype for x in state.values()), None)
         state |= {name: x.to(device, stored) for name, x in random_weights(new).items()}
     elif config.visual_path != trained and any(map(is_new_weight, expected.keys() ^ state.keys())):
-        raise UserError(f"{quoted(folder)} was trained as {trained.name}; {config.visual_path.name} as "
-                        "asked for has other weights of its own: train them with train.py --stage "
-                        f"pretrain --init {quoted(folder)} and the same visual path")
+        raise UserError(f"{quoted(folder)} was trained as {trained.name}; "
+                        f"{config.visual_path.name} as asked for has other weights of its own: train "
+                        f"them with train.py --stage pretrain --init {quoted(folder)} and the same "
+                        "visual path")
     check_tensors(folder, expected, {name: tuple(x.shape) for name, x in state.items()})
     model.load_state_dict({name: state.pop(name).to(dtype=dtype) for name in list(state)},
                           assign=True)
@@ -117,7 +118,8 @@ def save(tensors: Mapping[str, Tensor | Lazy], config: ModelConfig, tokenizer: T
 
 def is_model(folder) -> bool:
     """Whether the folder is one of ours; a published config.json has no "llama" in it."""
-    return (Path(folder) / "config.json").is_file() and "llama" in read_json(Path(folder) / "config.json")
+    path = Path(folder) / "config.json"
+    return path.is_file() and "llama" in read_json(path)
 
 
 def check_replaceable(folder, force: bool) -> None:
@@ -157,7 +159,8 @@ def _write_shard(path: Path, tensors: dict[str, Tensor | Lazy], bar: tqdm) -> No
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, x in tensors.items():
         start, end = end, end + _bytes(x)
-        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape),
+                        "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -199,7 +202,8 @@ def open_safetensors(path: Path, device: str = "cpu"):
     try:
         return safe_open(path, "pt", device=device)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{quoted(path)} is damaged or cut off ({error}); download it again") from None
+        raise UserError(f"{quoted(path)} is damaged or cut off ({error}); download it again"
+                        ) from None
 
 
 def read_safetensors(path: Path, names: list[str]) -> dict[str, Lazy]:

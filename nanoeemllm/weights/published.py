@@ -19,8 +19,8 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from nanoeemllm.border.files import open_regular, quoted, read_json
-from nanoeemllm.config import (LlamaConfig, ModelConfig, UserError, VisionConfig, VisualPathConfig,
-                               read_typed)
+from nanoeemllm.config import (LlamaConfig, ModelConfig, RopeScaling, UserError, VisionConfig,
+                               VisualPathConfig, read_typed)
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import Tokenizer, encode_prompt
 from nanoeemllm.weights.chat import choose_template
@@ -62,7 +62,7 @@ LLAVA = {"LlavaForConditionalGeneration": Layout("llava", {
 })}
 NEVER_OURS = r"(.*\.)?(rotary_emb\.inv_freq|position_ids)$"  # constants that older releases stored
 
-# What a config.json leaves out equals these, the defaults of transformers' configuration classes ...
+# What a config.json leaves out equals these, the defaults of transformers' classes ...
 LLAMA_DEFAULTS = dict(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
     num_attention_heads=32, max_position_embeddings=2048, rms_norm_eps=1e-6,
@@ -83,7 +83,7 @@ LLAMA_MUST = dict(model_type="llama", hidden_act="silu", attention_bias=False, m
 SIGLIP_MUST = dict(hidden_act="gelu_pytorch_tanh", num_channels=3)
 CLIP_MUST = dict(hidden_act="quick_gelu", num_channels=3)
 LLAVA_MUST = dict(projector_hidden_act="gelu", multimodal_projector_bias=True)
-
+LLAMA3_ROPE = {f.name for f in dataclasses.fields(RopeScaling)}
 
 class Published(NamedTuple):
     """What there is to save as a model folder (folder.save)."""
@@ -98,11 +98,11 @@ def read(llm: Path | None = None, vision: Path | None = None, llava: Path | None
          dtype: torch.dtype | None = None) -> Published:
     """llm, with or without vision, or llava alone. dtype: as the language model is stored."""
     first = Source(llava, LLAVA) if llava else Source(llm, LLM)
-    sources, text = [first], first.config
+    sources, text, encoder = [first], first.config, None
     if llava:
-        check_values(first.folder, first.config, LLAVA_MUST)
-        text = part(first.folder, first.config, "text_config")
-    llama, encoder = llama_config(first.folder, text), None
+        check_values(first.where, first.config, LLAVA_MUST)
+        text = part(first.where, first.config, "text_config")
+    llama = llama_config(first.where, text)
     if llama.tie_word_embeddings:
         first.passed_over += "|" + re.escape(first.prefix["decoder.lm_head."])
     if vision:
@@ -111,10 +111,11 @@ def read(llm: Path | None = None, vision: Path | None = None, llava: Path | None
         encoder, depth = vision_config(sources[-1])
         sources[-1].pass_over_vision(encoder, depth)
         llama = with_room_for(encoder, llama)
-    tokenizer, bos = read_tokenizer(first.folder)
+    tokenizer = read_tokenizer(first.folder)
     template = chat_template or choose_template(first.folder, tokenizer)
     encode_prompt(tokenizer, "a", template)                  # raises where the two do not fit
     path = VisualPathConfig(visual_path or ("llava" if llava else "eemllm"))
+    bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     config = ModelConfig(llama, encoder, path, template, eos_token_ids=tokenizer.eos_ids,
                          bos_token_ids=bos)
     dtype = dtype or first.dtype()
@@ -133,16 +134,17 @@ class Source:
     """A published folder: its config, and its tensors, unread."""
 
     def __init__(self, folder: Path, layouts: dict[str, Layout]):
-        self.folder, self.config = folder, read_json(folder / "config.json")
+        self.folder, self.where = folder, quoted(folder / "config.json")
+        self.config = read_json(folder / "config.json")
         if "llama" in self.config:
-            raise UserError(f"{quoted(folder)} is a model folder of ours already, not a published one")
-        names = self.config.get("architectures") or [
-            name for name, layout in layouts.items()
-            if layout.model_type == self.config.get("model_type")]
-        self.architecture = str(names[0]) if isinstance(names, list) and names else "none"
+            raise UserError(f"{self.where} is a model folder of ours, not a published one")
+        by_type = {layout.model_type: name for name, layout in layouts.items()}
+        by_type = by_type.get(str(self.config.get("model_type")))
+        names = self.config.get("architectures") or [by_type]
+        self.architecture = str(names[0]) if isinstance(names, list) else "none"
         if self.architecture not in layouts:
-            raise UserError(f"{quoted(folder)}: architecture {self.architecture} is not supported "
-                            "here; supported: " + ", ".join(layouts))
+            raise UserError(f"{self.where}: architecture {self.architecture} is not supported here;"
+                            f" supported: {', '.join(layouts)}")
         self.tensors = read_folder(folder)
         _, parts, passed_over = layouts[self.architecture]
         self.prefix = {}
@@ -168,7 +170,8 @@ class Source:
                             f"{', '.join(DTYPES)}: give --dtype")
         return norm.dtype
 
-    def take(self, shapes: dict[str, tuple], config: ModelConfig, dtype: torch.dtype) -> dict[str, Lazy]:
+    def take(self, shapes: dict[str, tuple], config: ModelConfig,
+             dtype: torch.dtype) -> dict[str, Lazy]:
         """Our tensors that this source has, in the order of its files."""
         ours = {published_name(name, self.prefix): name
                 for name in shapes if name.startswith(tuple(self.prefix))}
@@ -205,23 +208,21 @@ def published_shape(ours: str, shape: tuple, config: ModelConfig) -> tuple:
 
 # ---- config.json ----
 
-def llama_config(folder: Path, data: dict) -> LlamaConfig:
-    check_values(folder, data, LLAMA_MUST)
+def llama_config(where: str, data: dict) -> LlamaConfig:
+    check_values(where, data, LLAMA_MUST)
+    rope = part(where, data, "rope_parameters") or part(where, data, "rope_scaling")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{where}: RoPE scaling {kind!r:.80} is not supported; supported: default, "
+                        "llama3")
+    missing = LLAMA3_ROPE - rope.keys()
+    if kind == "llama3" and missing:
+        raise UserError(f"{where}: llama3 RoPE scaling lacks {', '.join(sorted(missing))}")
     values = with_defaults(data, LLAMA_DEFAULTS)
-    values["num_key_value_heads"] = data.get("num_key_value_heads") or values["num_attention_heads"]
-    rope = part(folder, data, "rope_parameters") or part(folder, data, "rope_scaling")
-    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
-    if kind == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if not rope.keys() >= set(keys):
-            raise UserError(f"{quoted(folder)}/config.json: llama3 RoPE scaling needs {', '.join(keys)}")
-        scaling = {key: rope[key] for key in keys}
-    elif kind != "default":
-        raise UserError(f"{quoted(folder)}/config.json: RoPE scaling {kind!r} is not supported; "
-                        "supported: default, llama3")
-    values |= {"rope_scaling": scaling,
-               "rope_theta": rope.get("rope_theta") or data.get("rope_theta") or 10000.0}
-    where = f"{quoted(folder)}/config.json"
+    values |= {
+        "num_key_value_heads": data.get("num_key_value_heads") or values["num_attention_heads"],
+        "rope_scaling": {key: rope[key] for key in LLAMA3_ROPE} if kind == "llama3" else None,
+        "rope_theta": rope.get("rope_theta") or data.get("rope_theta") or 10000.0}
     sizes = read_typed(LlamaConfig, values, where)
     head_dim = data.get("head_dim") or sizes.hidden_size // sizes.num_attention_heads
     return read_typed(LlamaConfig, {**values, "head_dim": head_dim}, where)
@@ -229,20 +230,21 @@ def llama_config(folder: Path, data: dict) -> LlamaConfig:
 
 def vision_config(source: Source) -> tuple[VisionConfig, int]:
     """The encoder as we run it, and its layers as published."""
-    folder, data, where = source.folder, source.config, f"{quoted(source.folder)}/config.json"
+    data, where = source.config, source.where
     in_llava = source.architecture in LLAVA
     if in_llava:
-        data = part(folder, data, "vision_config") or LLAVA_VISION
+        data = part(where, data, "vision_config") or LLAVA_VISION
         family = str(data.get("model_type") or "clip_vision_model").removesuffix("_vision_model")
         if family not in ("clip", "siglip"):
-            raise UserError(f"{where}: a {family} encoder is not supported; supported: clip, siglip")
+            raise UserError(f"{where}: a {family} encoder is not supported; supported: clip, "
+                            "siglip")
         strategy = {"strategy": source.config.get("vision_feature_select_strategy") or "default"}
-        check_values(folder, strategy, {"strategy": "default" if family == "clip" else "full"})
+        check_values(where, strategy, {"strategy": "default" if family == "clip" else "full"})
     else:
         family = re.match("Siglip|Idefics2|CLIP", source.architecture).group().lower()
         if not source.architecture.endswith("VisionModel"):
-            data = part(folder, data, "vision_config") | part(folder, data, "vision_config_dict")
-    check_values(folder, data, CLIP_MUST if family == "clip" else SIGLIP_MUST)
+            data = part(where, data, "vision_config") | part(where, data, "vision_config_dict")
+    check_values(where, data, CLIP_MUST if family == "clip" else SIGLIP_MUST)
     values = with_defaults(data, VISION_DEFAULTS[family])
     depth = read_typed(VisionConfig, values, where).num_hidden_layers
 
@@ -257,8 +259,8 @@ def vision_config(source: Source) -> tuple[VisionConfig, int]:
         layers = layer if layer > 0 else depth + 1 + layer
         values |= dict(num_hidden_layers=layers, post_layernorm=layers == depth
                        and data.get("tie_last_hidden_states") is True)
-    preparation = optional_json(folder / "preprocessor_config.json")
-    values |= {key: preparation[key] for key in ("image_mean", "image_std") if preparation.get(key)}
+    preparation = optional_json(source.folder / "preprocessor_config.json")
+    values |= {key: preparation[key] for key in CLIP_COLOURS if preparation.get(key)}
     if in_llava and preparation.get("do_pad") is True:
         values["resize"] = "pad"
     return read_typed(VisionConfig, values, where), depth
@@ -276,19 +278,19 @@ def with_room_for(vision: VisionConfig, llama: LlamaConfig) -> LlamaConfig:
     return dataclasses.replace(llama, max_position_embeddings=longer)
 
 
-def part(folder: Path, data: dict, key: str) -> dict:
+def part(where: str, data: dict, key: str) -> dict:
     """An object inside of a configuration; empty where it is null or left out."""
     value = data.get(key) or {}
     if not isinstance(value, dict):
-        raise UserError(f"{quoted(folder)}/config.json: {key} must be an object, not {value!r:.80}")
+        raise UserError(f"{where}: {key} must be an object, not {value!r:.80}")
     return value
 
 
-def check_values(folder: Path, data: dict, must: dict) -> None:
+def check_values(where: str, data: dict, must: dict) -> None:
     for key, value in must.items():
         if data.get(key) is not None and data[key] != value:
-            raise UserError(f"{quoted(folder)}/config.json: {key} {data[key]!r:.80} is not supported; "
-                            f"supported: {value!r}")
+            raise UserError(f"{where}: {key} {data[key]!r:.80} is not supported; supported: "
+                            f"{value!r}")
 
 
 def with_defaults(data: dict, defaults: dict) -> dict:
@@ -303,9 +305,8 @@ def optional_json(path: Path) -> dict:
 
 # ---- tokenizer ----
 
-def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...] | None]:
-    """The tokenizer with the folder's own end tokens, and its BOS where the folder says anything
-    of it (ModelConfig.bos_token_ids)."""
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """With the end tokens and the BOS that the folder's configurations name."""
     source = folder / "tokenizer.json"
     if not source.exists():
         if not (folder / "tokenizer.model").exists():
@@ -313,24 +314,24 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, tuple[int, ...] | None]:
                             "download one of them")
         source = _with_added_tokens(folder)
     names = Tokenizer(source, eos_ids=(0,))                  # to look names of tokens up
-    where = f"{quoted(folder)}/tokenizer_config.json: add_bos_token"
-    add_bos = optional_json(folder / "tokenizer_config.json").get("add_bos_token")
-    bos = None
-    if read_typed(bool | None, add_bos, where) is not None:
+    path, bos = folder / "tokenizer_config.json", None
+    add_bos = read_typed(bool | None, optional_json(path).get("add_bos_token"), quoted(path))
+    if add_bos is not None:
         bos = token_ids(folder, "bos_token", names)[:1] if add_bos else ()
-    return Tokenizer(source, token_ids(folder, "eos_token", names), bos), bos
+    return Tokenizer(source, token_ids(folder, "eos_token", names), bos)
 
 
 def token_ids(folder: Path, token: str, names: Tokenizer) -> tuple[int, ...]:
     """What the first file that knows says of eos_token or bos_token, in ids that there are."""
-    for file in ("generation_config.json", "config.json"):
-        data = optional_json(folder / file)
-        key = f"{token}_id"
-        value = data.get(key, part(folder, data, "text_config").get(key))
-        values = [] if value is None else value if isinstance(value, list) else [value]
-        ids = read_typed(tuple[int, ...], values, f"{quoted(folder)}/{file}: {key}")
-        if any(i < names.vocab_size for i in ids):
-            return tuple(i for i in ids if i < names.vocab_size)
+    key = token + "_id"
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        where, data = quoted(path), optional_json(path)
+        value = data.get(key, part(where, data, "text_config").get(key))
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        ids = read_typed(tuple[int, ...], values, f"{where}: {key}")
+        known = tuple(i for i in ids if i < names.vocab_size)
+        if known:
+            return known
     name = optional_json(folder / "tokenizer_config.json").get(token)
     name = name.get("content") if isinstance(name, dict) else name
     found = names.id_of(name) if isinstance(name, str) else None
@@ -339,8 +340,8 @@ def token_ids(folder: Path, token: str, names: Tokenizer) -> tuple[int, ...]:
 
 def _with_added_tokens(folder: Path):
     """tokenizer.model with what the files beside it add to it."""
-    about, more = (optional_json(folder / name) for name in ("tokenizer_config.json",
-                                                             "added_tokens.json"))
+    about = optional_json(folder / "tokenizer_config.json")
+    more = optional_json(folder / "added_tokens.json")
     tokenizer = read_sentencepiece(folder / "tokenizer.model", about.get("legacy") is not False)
     added = {}
     try:
@@ -355,8 +356,8 @@ def _with_added_tokens(folder: Path):
     for i, token in sorted(added.items(), key=lambda pair: pair[0]):
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         if tokenizer.token_to_id(token.content) != i:
-            raise UserError(f"{quoted(folder)}: the added token {token.content!r} should be id {i}, "
-                            f"but follows on {i - 1} ids only")
+            raise UserError(f"{quoted(folder)}: the added token {token.content!r} should be id {i},"
+                            f" but follows on fewer ids")
     return tokenizer
 
 
@@ -364,19 +365,19 @@ def _with_added_tokens(folder: Path):
 
 def read_folder(folder: Path) -> dict[str, Lazy]:
     """Every tensor of model*.safetensors or pytorch_model*.bin, unread."""
-    for single, read_file in (("model.safetensors", read_safetensors), ("pytorch_model.bin", _read_bin)):
+    readers = {"model.safetensors": read_safetensors, "pytorch_model.bin": _read_bin}
+    for single, read_file in readers.items():
         if (folder / single).exists() or (folder / (single + ".index.json")).exists():
-            tensors = {}
-            for path, names in shards(folder, single).items():
-                tensors |= read_file(path, names)
-            return tensors
+            files = shards(folder, single)
+            return dict(x for path in files for x in read_file(path, files[path]).items())
     raise UserError(f"{quoted(folder)} has no weights: neither model.safetensors nor "
                     "pytorch_model.bin, nor an index of either")
 
 
 def _read_bin(path: Path, names: list[str]) -> dict[str, Lazy]:
     held = _unpickle(path)
-    return {name: Lazy(tuple(held[name].shape), held[name].dtype, lambda name=name: _unpickle(path)[name])
+    return {name: Lazy(tuple(held[name].shape), held[name].dtype,
+                       lambda name=name: _unpickle(path)[name])
             for name in listed(path, names, held)}
 
 
@@ -387,12 +388,12 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
-        raise UserError(f"{quoted(path)} is refused: it is damaged or holds more than tensors, and a "
-                        "pickle that does can run any code. Download it again, or get the "
+        raise UserError(f"{quoted(path)} is refused: it is damaged or holds more than tensors, and "
+                        "a pickle that does can run any code. Download it again, or get the "
                         "safetensors") from None
     except Exception:                            # a damaged file of the old form raises anything
         raise UserError(f"{quoted(path)} is damaged or cut off; download it again") from None
-    tensors = isinstance(held, dict) and all(isinstance(x, Tensor) for x in held.values())
-    if not tensors or not all(isinstance(name, str) for name in held):
+    if not isinstance(held, dict) or not all(
+            isinstance(name, str) and isinstance(x, Tensor) for name, x in held.items()):
         raise UserError(f"{quoted(path)} holds something else than a table of tensors")
     return held

@@ -1,4 +1,4 @@
-"""A SentencePiece `tokenizer.model` -> a `tokenizers` tokenizer with the same ids, without SentencePiece.
+"""A SentencePiece `tokenizer.model` -> a `tokenizers` tokenizer with the same ids.
 
 The file is one protobuf message. Of its fields these matter (number: meaning):
 
@@ -7,10 +7,10 @@ The file is one protobuf message. Of its fields these matter (number: meaning):
     TrainerSpec     3: model type, 2 is BPE   24: space as suffix   35: byte fallback
     NormalizerSpec  2: character map   3: dummy prefix   4: remove extra spaces   5: escape spaces
 
-A piece's score is its rank. SentencePiece joins whichever two neighbours make the best-ranked piece,
-so the merge rules are all ways to cut a piece into two others, ordered by the whole piece's rank.
-Llama's models have no character map; another's (nmt_nfkc) goes to `tokenizers` as it is, which reads
-some rows of combining marks differently.
+A piece's score is its rank. SentencePiece joins whichever two neighbours make the best-ranked
+piece, so the merge rules are all ways to cut a piece into two others, ordered by the whole piece's
+rank. Llama's models have no character map; another's (nmt_nfkc) goes to `tokenizers` as it is,
+which reads some rows of combining marks differently.
 """
 
 import re
@@ -30,9 +30,9 @@ BPE_MODEL = 2
 
 
 def read_sentencepiece(path: Path, prefix_everywhere: bool = True) -> tokenizers.Tokenizer:
-    """prefix_everywhere: text behind a special token gets a dummy space too (transformers' "legacy"),
-    else only text at the very beginning. Raises UserError for a file that is damaged or no BPE model.
-    """
+    """prefix_everywhere: text behind a special token gets a dummy space too (transformers'
+    "legacy"), else only text at the very beginning. Raises UserError for a file that is damaged or
+    no BPE model."""
     try:
         with open_regular(path) as file:
             model = _fields(file.read())
@@ -55,11 +55,11 @@ def read_sentencepiece(path: Path, prefix_everywhere: bool = True) -> tokenizers
     tokenizer.normalizer = _normalizer(normalizer, space, prefix)
     splits = []
     if prefix and not prefix_everywhere:
-        # adds nothing, as the normalizer has put a space there; prompt.Tokenizer reads "first" off it
+        # Adds nothing, as the normalizer has put a space there; prompt.Tokenizer reads "first".
         splits.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
     if joined:
         patterns = [re.escape(text) for text in sorted(joined, key=len, reverse=True)]
-        # "</s>" written as text must not stand alone, or ignore_merges would read it as the control token
+        # "</s>" written as text must not stand alone: ignore_merges would read the control token.
         patterns += [f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text, _, kind in pieces
                      if kind in (UNKNOWN, CONTROL, BYTE)]
         splits.append(pre_tokenizers.Split(Regex("|".join(patterns)), "isolated"))
@@ -80,8 +80,10 @@ def _check(path: Path, trainer: dict, pieces: list) -> None:
         raise UserError(f"{quoted(path)} is a SentencePiece {name} model; supported: BPE")
     if _number(trainer, 24, 0):
         raise UserError(f"{quoted(path)} puts spaces behind words; supported: before words")
-    if any(kind == UNUSED for _, _, kind in pieces) or not any(kind == UNKNOWN for _, _, kind in pieces):
-        raise UserError(f"{quoted(path)} has unused pieces, or none for the unknown; neither is supported")
+    kinds = {kind for _, _, kind in pieces}
+    if UNUSED in kinds or UNKNOWN not in kinds:
+        raise UserError(f"{quoted(path)} has unused pieces, or none for the unknown; neither is "
+                        "supported")
 
 
 def _normalizer(spec: dict, space: str, prefix: bool) -> normalizers.Normalizer:
@@ -113,7 +115,8 @@ def _number(fields: dict, number: int, default: int) -> int:
 
 
 def _fields(data: bytes) -> dict[int, list]:
-    """Protobuf's wire format: field number -> its values, ints or bytes. IndexError where data is cut off."""
+    """Protobuf's wire format: field number -> its values, ints or bytes. Raises IndexError where
+    data is cut off."""
     fields, at = defaultdict(list), 0
     while at < len(data):
         key, at = _varint(data, at)
