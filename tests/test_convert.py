@@ -591,7 +591,7 @@ def test_new_rows_are_never_the_likeliest(tmp_path):
 
 @pytest.mark.parametrize("change, said", [
     ({"visual_path": {"name": "saisa"}}, "saisa"), ({"visual_path": {"name": "flamingo", "every": 3}}, "flamingo"),
-    ({"vision": {"resize": "native"}}, "aspect ratio"), ({"vision": {"resize": "square"}}, "stretches"),
+    ({"vision": {"resize": "native"}}, "aspect ratio"), ({"vision": {"resize": "square"}}, "not square"),
 ])
 def test_what_the_layout_cannot_say(change, said, tmp_path):
     convert("--llava", SOURCES / "llava", "--out", tmp_path / "model")

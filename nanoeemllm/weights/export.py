@@ -51,6 +51,8 @@ def export(model: Path, out: Path) -> str:
         (aside / "tokenizer.json").write_text(library.to_str(), encoding="utf-8")
         for file, data in configurations.items():
             write_json(aside / file, data)
+        template = configurations["tokenizer_config.json"]["chat_template"]
+        (aside / "chat_template.jinja").write_text(template, encoding="utf-8")   # processors read it
     return name
 
 
@@ -58,11 +60,10 @@ def check(config: ModelConfig) -> None:
     path, vision = config.visual_path, config.vision
     if path.own_weights:
         raise UserError(f"LLaVA's layout has no place for {path.name}'s own weights")
-    if vision.resize == "native":
-        raise UserError("LLaVA's layout has one size for all images; this model keeps an image's "
-                        "own aspect ratio (resize native)")
-    if (vision.architecture, vision.resize) == ("clip", "square"):
-        raise UserError("LLaVA's layout pads CLIP's images; this model stretches them (square)")
+    resize = {"clip": "pad", "siglip": "square"}[vision.architecture]
+    if vision.resize != resize:
+        raise UserError(f"LLaVA's layout has no native aspect ratio: its {vision.architecture} images "
+                        f"are made one size (resize {resize}, not {vision.resize})")
     if not path.computes_llava_attention:
         print(f"note: LLaVA's layout computes LLaVA's attention, not that of {path.name}",
               file=sys.stderr)
@@ -152,10 +153,9 @@ def add_vision(files: dict[str, dict], vision: VisionConfig, image_id: int) -> N
     files["processor_config.json"] = {**processor, **strategy, "patch_size": vision.patch_size,
                                       "num_additional_image_tokens": int(clip)}
     square = {"height": vision.image_size, "width": vision.image_size}
-    pad = vision.resize == "pad"
     files["preprocessor_config.json"] = {
-        "image_processor_type": "LlavaImageProcessor" if pad else "SiglipImageProcessor",
-        "processor_class": "LlavaProcessor", "do_pad": pad, "size": square, "crop_size": square,
+        "image_processor_type": "LlavaImageProcessor" if clip else "SiglipImageProcessor",
+        "processor_class": "LlavaProcessor", "do_pad": clip, "size": square, "crop_size": square,
         "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": vision.image_mean, "image_std": vision.image_std}
 

@@ -261,8 +261,6 @@ def vision_config(source: Source) -> tuple[VisionConfig, int]:
                        and data.get("tie_last_hidden_states") is True)
     preparation = optional_json(source.folder / "preprocessor_config.json")
     values |= {key: preparation[key] for key in CLIP_COLOURS if preparation.get(key)}
-    if in_llava and preparation.get("do_pad") is True:
-        values["resize"] = "pad"
     return read_typed(VisionConfig, values, where), depth
 
 
