@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 import nanoeemllm
 from nanoeemllm.border import files
 from nanoeemllm.border.command import run_command
-from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
+from nanoeemllm.config import PRESETS, UserError
 from nanoeemllm.image import prepare_image
+from nanoeemllm.paths import make
 from nanoeemllm.prompt import encode_prompt
 from nanoeemllm.weights import chat, folder as model_folder, published
 from nanoeemllm.weights.export import export
@@ -390,7 +391,7 @@ def test_command_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path, new, left_out", [("saisa", 12, 4), ("flamingo", 12, 0)])
 def test_another_path_with_weights_of_its_own_begins_at_random(path, new, left_out, tmp_path):
     convert("--llava", SOURCES / "llava", "--out", tmp_path / "model")
-    path = VisualPathConfig(path, every=3)
+    path = make(path, **({"every": 3} if path == "flamingo" else {}))
     with pytest.raises(UserError, match=f"trained as llava; {path.name} as asked for has other weights"):
         nanoeemllm.load(tmp_path / "model", device="cpu", visual_path=path)
     old = nanoeemllm.load(tmp_path / "model", device="cpu").state_dict()
@@ -401,9 +402,9 @@ def test_another_path_with_weights_of_its_own_begins_at_random(path, new, left_o
 
 
 @pytest.mark.parametrize("path", [
-    "naavit", VisualPathConfig("yopo", last_visual_layer=2, prune_heads=1),
-    VisualPathConfig("eemllm-f", composite_layers=(1, 2)), VisualPathConfig("saisa"),
-    VisualPathConfig("flamingo", every=3)])
+    "naavit", make("yopo", last_visual_layer=2, prune_heads=1),
+    make("eemllm-f", composite_layers=(1, 2)), make("saisa"),
+    make("flamingo", every=3)])
 def test_every_visual_path_loads_and_answers(path, tmp_path):
     convert("--llava", SOURCES / "llava", "--out", tmp_path / "model")
     model = nanoeemllm.load(tmp_path / "model", "cpu", torch.float32, path, new_parts=True)

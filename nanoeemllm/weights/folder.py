@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanoeemllm.border.files import open_regular, quoted, read_json, replace_folder
-from nanoeemllm.config import ModelConfig, UserError, VisualPathConfig
+from nanoeemllm.config import ModelConfig, UserError, VisualPath
 from nanoeemllm.model import EEMLLM
+from nanoeemllm.paths import is_new_weight
 from nanoeemllm.prompt import Tokenizer
-from nanoeemllm.visual_path import learns_in_pretrain as is_new_weight
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -37,7 +37,7 @@ class Lazy(NamedTuple):
 
 
 def load(folder, device=None, dtype: torch.dtype | None = None,
-         visual_path: str | VisualPathConfig | None = None, new_parts: bool = False) -> EEMLLM:
+         visual_path: str | VisualPath | None = None, new_parts: bool = False) -> EEMLLM:
     """device: the GPU if there is one; dtype: as stored; visual_path: as configured. new_parts: to
     train another visual path, its own weights start at random and the old path's are left out.
 

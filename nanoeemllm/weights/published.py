@@ -20,8 +20,9 @@ from torch import Tensor
 
 from nanoeemllm.border.files import open_regular, quoted, read_json
 from nanoeemllm.config import (LlamaConfig, ModelConfig, RopeScaling, UserError, VisionConfig,
-                               VisualPathConfig, read_typed)
+                               read_typed)
 from nanoeemllm.model import EEMLLM
+from nanoeemllm.paths import make
 from nanoeemllm.prompt import Tokenizer, encode_prompt
 from nanoeemllm.weights.chat import choose_template
 from nanoeemllm.weights.folder import (DTYPES, Lazy, check_tensors, listed, random_weights,
@@ -114,7 +115,7 @@ def read(llm: Path | None = None, vision: Path | None = None, llava: Path | None
     tokenizer = read_tokenizer(first.folder)
     template = chat_template or choose_template(first.folder, tokenizer)
     encode_prompt(tokenizer, "a", template)                  # raises where the two do not fit
-    path = VisualPathConfig(visual_path or ("llava" if llava else "eemllm"))
+    path = make(visual_path or ("llava" if llava else "eemllm"))
     bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     config = ModelConfig(llama, encoder, path, template, eos_token_ids=tokenizer.eos_ids,
                          bos_token_ids=bos)
