@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from nanoeemllm.attention_map import draw_attention
-from nanoeemllm.weights.folder import load, read_json
+from nanoeemllm.checkpoint import load, read_json
 from nanoeemllm.command_line import (Parser, add_visual_path_flags, device_from, positive, run_command,
                                      visual_path_from)
 from nanoeemllm.config import ModelConfig, UserError

@@ -29,7 +29,7 @@ import numpy as np
 
 from nanoeemllm import ModelConfig, UserError, load
 from nanoeemllm.backbone import make_backbones, tiny_config, tiny_tokenizer
-from nanoeemllm.weights.folder import read_json
+from nanoeemllm.checkpoint import read_json
 from nanoeemllm.command_line import Parser, add_visual_path_flags, positive, run_command, visual_path_from
 from nanoeemllm.config import PRESETS
 from nanoeemllm.conversations import describe_problems

@@ -1,6 +1,6 @@
 """EE-MLLM: a multimodal language model whose visual tokens are keys and values only. Start reading at config.py."""
 
-from nanoeemllm.weights.folder import load
+from nanoeemllm.checkpoint import load
 from nanoeemllm.config import IMAGE_TOKEN, PRESETS, ModelConfig, UserError
 from nanoeemllm.model import EEMLLM
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanoeemllm.weights.folder import read_json, save
+from nanoeemllm.checkpoint import read_json, save
 from nanoeemllm.config import PRESETS, ModelConfig, UserError
 from nanoeemllm.data import Sample
 from nanoeemllm.image import prepare_image

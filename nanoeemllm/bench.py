@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from nanoeemllm.bench_systems import OLD, Clock, Question, System
-from nanoeemllm.weights.folder import load
+from nanoeemllm.checkpoint import load
 from nanoeemllm.command_line import Parser, add_visual_path_flags, device_from, positive, run_command
 from nanoeemllm.config import PRESETS, ModelConfig, UserError
 from nanoeemllm.flops import SIDES, forward_operations, paths_from, prompt, visual_key_heads

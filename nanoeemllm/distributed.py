@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from nanoeemllm.weights import folder as checkpoint
+from nanoeemllm import checkpoint
 from nanoeemllm.command_line import device_from
 from nanoeemllm.config import UserError
 from nanoeemllm.model import EEMLLM

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from nanoeemllm.benchmark import TSV, as_list, detect, read_answers, write_answers
 from nanoeemllm.calibrate import FIRST, choose_heads, measure
-from nanoeemllm.weights.folder import load, read_json
+from nanoeemllm.checkpoint import load, read_json
 from nanoeemllm.command_line import (Parser, add_visual_path_flags, device_from, positive, run_command,
                                      visual_path_from)
 from nanoeemllm.config import ModelConfig, UserError, VisualPathConfig

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nanoeemllm.weights.folder import read_json
+from nanoeemllm.checkpoint import read_json
 from nanoeemllm.config import UserError
 from nanoeemllm.distributed import Group, is_whole, load_state, save_state
 from nanoeemllm.plot import line_chart

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from nanoeemllm.backbone import make_backbones, tiny_config, tiny_tokenizer
-from nanoeemllm.weights.folder import load, read_json
+from nanoeemllm.checkpoint import load, read_json
 from nanoeemllm.command_line import Parser, positive, run_command, visual_path_from
 from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
 from nanoeemllm.distributed import join

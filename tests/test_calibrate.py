@@ -13,7 +13,7 @@ from layouts import seeded
 from nanoeemllm import load
 from nanoeemllm.backbone import tiny_tokenizer
 from nanoeemllm.calibrate import choose_heads, measure, ratio
-from nanoeemllm.weights.folder import save
+from nanoeemllm.checkpoint import save
 from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
 from nanoeemllm.evaluate import main
 from nanoeemllm.model import EEMLLM

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from nanoeemllm.weights import folder as checkpoint
+from nanoeemllm import checkpoint
 from nanoeemllm.config import VISUAL_PATHS
 from nanoeemllm.data import Loader, Packed
 from nanoeemllm.distributed import save_model, spread

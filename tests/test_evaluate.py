@@ -340,7 +340,7 @@ def test_circular_evaluation_of_a_file(tmp_path, weights, capsys):
 def test_the_whole_command_on_a_real_model_split_over_processes(tmp_path):
     """A tiny model of random weights answers the tiny world's file: two processes say what one says."""
     import torch
-    from nanoeemllm.weights.folder import save
+    from nanoeemllm.checkpoint import save
     from nanoeemllm.config import PRESETS
     from nanoeemllm.model import EEMLLM
     from nanoeemllm.toy import WorldConfig, export_tsv

@@ -268,7 +268,7 @@ def test_stop_without_strings_reads_no_text():
 
 def test_stop_strings_and_words_of_tokens_that_are_bytes():
     """A tokenizer that has only bytes for these characters: a window that begins within one must not hide the others."""
-    from nanoeemllm.weights.published import read_tokenizer
+    from convert_weights import read_tokenizer
     from nanoeemllm.attention_map import words_of
     tokenizer = read_tokenizer(GOLDEN / "sources" / "vicuna")
     said = tokenizer.encode("the 猫犬鳥魚馬牛羊 sat")

@@ -16,7 +16,7 @@ from PIL import Image
 
 import sample
 from nanoeemllm import attention_map, bench, bench_systems
-from nanoeemllm.weights.folder import save
+from nanoeemllm.checkpoint import save
 from nanoeemllm.config import IMAGE_TOKEN as IMAGE
 from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
 from nanoeemllm.image import prepare_image

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoeemllm.weights.folder import load
+from nanoeemllm.checkpoint import load
 from nanoeemllm.toy import WorldConfig, draw, make_scene
 
 ROOT = Path(__file__).parents[1]

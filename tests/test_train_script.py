@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 import train
-from nanoeemllm.weights import folder as checkpoint
+from nanoeemllm import checkpoint
 from nanoeemllm.config import UserError
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.run import Run

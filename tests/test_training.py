@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanoeemllm import training
-from nanoeemllm.weights import folder as checkpoint
+from nanoeemllm import checkpoint, training
 from nanoeemllm.config import IMAGE_TOKEN, UserError
 from nanoeemllm.data import Loader, Packed, Sample
 from nanoeemllm.distributed import is_whole

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanoeemllm.weights import folder as checkpoint
+from nanoeemllm import checkpoint
 from nanoeemllm.config import LlamaConfig, ModelConfig, VisionConfig, VisualPathConfig
 from nanoeemllm.data import Loader, Mixture, Plan, encode_sample
 from nanoeemllm.distributed import Group, join, save_model, spread

@@ -70,7 +70,7 @@ def within(folder, name: str) -> str:
             root, real = os.path.realpath(folder), os.path.realpath(path)
             leaves = leaves or os.path.commonpath([root, real]) != root
         if leaves:
-            raise UserError(f"{name!r} is outside of {quoted(folder)}")
+            raise UserError(f"{name!r} is outside of the image folder {quoted(folder)}")
     return path
 
 
