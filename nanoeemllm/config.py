@@ -120,14 +120,6 @@ class VisualPathConfig:
         if self.window % 2 == 0:
             raise UserError(f"window {self.window} must be odd: a patch stands in the middle of its neighbours")
 
-    @property
-    def own_weights(self) -> tuple[str, ...]:
-        return {"saisa": (".visual_projector.",), "flamingo": (".cross.",)}.get(self.name, ())
-
-    @property
-    def computes_llava_attention(self) -> bool:
-        return self.name == "llava"
-
     def visual_layers(self, llama: LlamaConfig) -> int:
         """yopo: how many layers have visual keys."""
         return self.last_visual_layer or max(1, llama.num_hidden_layers // 2)
@@ -171,14 +163,9 @@ class ModelConfig:
     vision: VisionConfig | None = field(default_factory=VisionConfig)
     visual_path: VisualPathConfig = field(default_factory=VisualPathConfig)
     chat_template: str = "vicuna_v1"         # a name of prompt.TEMPLATES
-    eos_token_ids: tuple[int, ...] = ()      # what ends an answer; (): the tokenizer's, by name
-    bos_token_ids: tuple[int, ...] | None = None   # what begins a text; None: the tokenizer's, by name
 
     def __post_init__(self):
         self.visual_path.check(self.llama)
-
-    def with_path(self, name: str) -> "ModelConfig":
-        return dataclasses.replace(self, visual_path=dataclasses.replace(self.visual_path, name=name))
 
     def to_dict(self) -> dict:
         """Plain JSON types, every field written out."""
@@ -187,7 +174,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict) -> "ModelConfig":
         """Raises UserError that names the key, for an unknown key or a value of the wrong type."""
-        return read_typed(cls, data, "config")
+        return _read(cls, data, "config")
 
 
 _SIGLIP_384 = VisionConfig()
@@ -218,10 +205,10 @@ PRESETS = {  # the sizes users name; --preset
 }
 
 
-def read_typed(kind, value, where: str):
+def _read(kind, value, where: str):
     """A JSON value as a field's type: dataclasses from objects, tuples from lists, checked to the bottom."""
     if get_origin(kind) is UnionType:                    # X | None
-        return None if value is None else read_typed(get_args(kind)[0], value, where)
+        return None if value is None else _read(get_args(kind)[0], value, where)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UserError(f"{where} must be an object, not {type(value).__name__}")
@@ -229,7 +216,7 @@ def read_typed(kind, value, where: str):
         unknown = [key for key in value if key not in known]
         if unknown:
             raise UserError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
-        return kind(**{key: read_typed(known[key], value[key], f"{where}.{key}") for key in value})
+        return kind(**{key: _read(known[key], value[key], f"{where}.{key}") for key in value})
     if get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where} must be a list, not {value!r}")
@@ -246,7 +233,7 @@ def read_typed(kind, value, where: str):
 def _read_item(kind, value, where: str):
     """What stands in a list: another list, or a number, 0 allowed."""
     if get_origin(kind) is tuple:
-        return read_typed(kind, value, where)
+        return _read(kind, value, where)
     if type(value) not in (int, kind) or value < 0:
         raise UserError(f"{where} must hold numbers that are not negative, not {value!r}")
     return kind(value)

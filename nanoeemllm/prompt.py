@@ -11,9 +11,7 @@ Text is tokenized in stretches that end at special tokens, at images and where t
 So a prompt's ids are always the beginning of the ids that the model was trained on.
 """
 
-import contextlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +19,6 @@ from typing import NamedTuple
 
 import tokenizers
 
-from nanoeemllm.border.files import open_regular, quoted
 from nanoeemllm.config import IMAGE_TOKEN, UserError
 
 IMAGE_TEXT = "<image>"                                   # stands for one image in a text
@@ -61,47 +58,31 @@ TEMPLATES = {
 class Tokenizer:
     """A `tokenizers` tokenizer that reads special tokens in a text as text, and streams whole characters."""
 
-    def __init__(self, source: str | Path | tokenizers.Tokenizer, eos_ids: Iterable[int] = (),
-                 bos_ids: Iterable[int] | None = None):
-        """source: a tokenizer.json or a tokenizer. eos_ids, bos_ids: what the checkpoint says ends
-        and begins a text; without, known names are looked for. Raises UserError for a file that is
-        neither there nor a tokenizer that works."""
-        where = quoted(source) if isinstance(source, (str, Path)) else "the tokenizer"
-        if isinstance(source, (str, Path)):
-            with open_regular(source) as file:
-                text = file.read()
-            with _library_errors(f"{where} is not a tokenizer"), _silent_stderr():
-                source = tokenizers.Tokenizer.from_buffer(text)
-        with _library_errors(f"{where} is not a tokenizer that works"), _silent_stderr():
-            self._tokenizer = source
-            self._inner, self.prefix_after_special = _without_prefix(source)
-            for part in (self._tokenizer, self._inner):
-                part.no_truncation()                # published files bring such settings along
-                part.no_padding()
-                part.encode_special_tokens = True   # "</s>" in a user's text is four characters
-                part.decode(part.encode("a \u00e9\n", add_special_tokens=False).ids)
-            ids = source.get_vocab(with_added_tokens=True)
-            self.vocab_size: int = max(ids.values()) + 1
-        if self.vocab_size > 2 ** 20:
-            raise UserError(f"{where} has a token of id {self.vocab_size - 1}, over 2^20")
-        by_name = [ids[name] for name in EOS_NAMES if name in ids]
-        self.eos_ids: tuple[int, ...] = tuple(eos_ids) or tuple(by_name[:1])
-        if bos_ids is None:
-            bos_ids = [ids[name] for name in BOS_NAMES if name in ids]
-        self.bos_id: int | None = next(iter(bos_ids), None)
-        if not self.eos_ids:
-            raise UserError(f"{where} has none of the end tokens {', '.join(EOS_NAMES)}, and its "
-                            "checkpoint names no other")
-
-    @property
-    def eos_id(self) -> int:
-        return self.eos_ids[0]
+    def __init__(self, source: str | Path | tokenizers.Tokenizer):
+        """source: a tokenizer.json or a tokenizer. Raises UserError for a file that is neither there nor one."""
+        if not isinstance(source, tokenizers.Tokenizer):
+            if not Path(source).is_file():
+                raise UserError(f"{source}: no such file; a tokenizer.json belongs here")
+            try:
+                source = tokenizers.Tokenizer.from_file(str(source))
+            except Exception as error:  # the library raises plain Exception
+                raise UserError(f"{source} is not a tokenizer: {error}") from None
+        self._tokenizer = source
+        self._inner, self.prefix_after_special = _without_prefix(source)
+        for part in (self._tokenizer, self._inner):
+            part.no_truncation()                # published files bring such settings along
+            part.no_padding()
+            part.encode_special_tokens = True   # "</s>" in a user's text is four characters
+        ids = source.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(ids.values()) + 1
+        self.bos_id: int | None = next((ids[name] for name in BOS_NAMES if name in ids), None)
+        self.eos_id: int | None = next((ids[name] for name in EOS_NAMES if name in ids), None)
+        if self.eos_id is None:
+            raise UserError(f"the tokenizer has none of the end tokens {', '.join(EOS_NAMES)}")
 
     def encode(self, text: str, bos: bool = False, prefix: bool = True) -> list[int]:
         """Ids of a text. prefix: the text begins a string, so SentencePiece's dummy space goes before it."""
-        part = self._tokenizer if prefix else self._inner
-        with _library_errors("the tokenizer fails on this text"):
-            ids = part.encode(text, add_special_tokens=False).ids
+        ids = (self._tokenizer if prefix else self._inner).encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -136,48 +117,13 @@ class Tokenizer:
         return self.special_id(_template(template).end) if _template(template).end else self.eos_id
 
     def stop_ids(self, template: str) -> set[int]:
-        return {*self.eos_ids, self.end_id(template)}
+        return {self.eos_id, self.end_id(template)}
 
     def has(self, token: str) -> bool:
         return self._tokenizer.token_to_id(token) is not None
 
-    def id_of(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
-    def name_of(self, token: int) -> str | None:
-        return self._tokenizer.id_to_token(token)
-
     def to_json(self) -> str:
         return self._tokenizer.to_str(pretty=False)
-
-
-@contextlib.contextmanager
-def _library_errors(what: str):
-    """A panic in the library is a BaseException, of a class that it does not export."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{what}: {why:.200}") from None
-
-
-@contextlib.contextmanager
-def _silent_stderr():
-    """While a tokenizer is tried: a panic writes lines of its own to file 2 first."""
-    try:
-        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    except OSError:                             # it is closed
-        yield
-        return
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def encode_text(tokenizer: Tokenizer, text: str, bos: bool = False) -> list[int]:

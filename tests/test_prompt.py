@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from nanoeemllm.config import IMAGE_TOKEN, UserError
 from nanoeemllm.prompt import TEMPLATES, Tokenizer, encode_conversation, encode_prompt, encode_text
-from nanoeemllm.weights.sentencepiece import read_sentencepiece
+from nanoeemllm.sentencepiece import read_sentencepiece
 from tests.make_golden import CONVERSATIONS, GOLDEN, SYSTEM
 
 SOURCES = GOLDEN / "sources"

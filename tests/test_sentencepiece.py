@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nanoeemllm.config import UserError
-from nanoeemllm.prompt import Tokenizer
+from nanoeemllm.weights.tokenizer import Tokenizer
 from nanoeemllm.weights.sentencepiece import read_sentencepiece
 from tests.make_golden import GOLDEN
 

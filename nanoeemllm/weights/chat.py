@@ -9,7 +9,8 @@ from pathlib import Path
 
 from nanoeemllm.border.files import open_regular, quoted, read_json
 from nanoeemllm.config import UserError
-from nanoeemllm.prompt import TEMPLATES, Tokenizer
+from nanoeemllm.prompt import TEMPLATES
+from nanoeemllm.weights.tokenizer import Tokenizer
 
 # fingerprint -> ours that writes the same for a conversation with a system turn: test_convert.py
 # compares what Jinja made of each (tests/golden/templates.json).

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from nanoeemllm.border.files import quoted, replace_folder
 from nanoeemllm.config import ModelConfig, UserError, VisionConfig
-from nanoeemllm.prompt import IMAGE_TEXT, Tokenizer
+from nanoeemllm.prompt import IMAGE_TEXT
 from nanoeemllm.weights.chat import jinja
 from nanoeemllm.weights.folder import (Lazy, is_model, read_config, read_safetensors,
                                        read_tokenizer, shards, write_json, write_weights)
 from nanoeemllm.weights.published import LLAVA, LLM, published_name, published_shape
+from nanoeemllm.weights.tokenizer import Tokenizer
 
 
 def export(model: Path, out: Path) -> str:

@@ -18,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from nanoeemllm.border import typed
 from nanoeemllm.border.files import open_regular, quoted, read_json, replace_folder
 from nanoeemllm.config import ModelConfig, UserError, VisualPath
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.paths import is_new_weight
-from nanoeemllm.prompt import Tokenizer
+from nanoeemllm.weights.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -48,8 +49,8 @@ def load(folder, device=None, dtype: torch.dtype | None = None,
     config = read_config(folder)
     trained = config.visual_path
     if isinstance(visual_path, str):
-        config = config.with_path(visual_path)
-    elif visual_path is not None:
+        visual_path = config.path_named(visual_path)
+    if visual_path is not None:
         config = dataclasses.replace(config, visual_path=visual_path)
     tokenizer = read_tokenizer(folder, config)
     with torch.device("meta"):
@@ -83,7 +84,7 @@ def load(folder, device=None, dtype: torch.dtype | None = None,
 
 
 def read_config(folder: Path) -> ModelConfig:
-    return ModelConfig.from_dict(read_json(Path(folder) / "config.json"))
+    return typed.read_config(read_json(Path(folder) / "config.json"))
 
 
 def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:

@@ -19,15 +19,16 @@ from tokenizers import AddedToken
 from torch import Tensor
 
 from nanoeemllm.border.files import open_regular, quoted, read_json
-from nanoeemllm.config import (LlamaConfig, ModelConfig, RopeScaling, UserError, VisionConfig,
-                               read_typed)
+from nanoeemllm.border.typed import read_typed
+from nanoeemllm.config import LlamaConfig, ModelConfig, RopeScaling, UserError, VisionConfig
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.paths import make
-from nanoeemllm.prompt import Tokenizer, encode_prompt
+from nanoeemllm.prompt import encode_prompt
 from nanoeemllm.weights.chat import choose_template
 from nanoeemllm.weights.folder import (DTYPES, Lazy, check_tensors, listed, random_weights,
                                        read_safetensors, shards)
 from nanoeemllm.weights.sentencepiece import read_sentencepiece
+from nanoeemllm.weights.tokenizer import Tokenizer
 
 # ---- what is known of the published models ----
 
