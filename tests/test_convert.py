@@ -17,7 +17,7 @@ import nanoeemllm
 from nanoeemllm.border import files
 from nanoeemllm.border.command import run_command
 from nanoeemllm.config import PRESETS, UserError
-from nanoeemllm.image import prepare_image
+from nanoeemllm.data.images import prepare_image
 from nanoeemllm.paths import make
 from nanoeemllm.prompt import encode_prompt
 from nanoeemllm.weights import chat, folder as model_folder, published

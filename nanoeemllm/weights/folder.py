@@ -84,7 +84,8 @@ def load(folder, device=None, dtype: torch.dtype | None = None,
 
 
 def read_config(folder: Path) -> ModelConfig:
-    return typed.read_config(read_json(Path(folder) / "config.json"))
+    path = Path(folder) / "config.json"
+    return typed.read_config(read_json(path), quoted(path))
 
 
 def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
