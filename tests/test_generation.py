@@ -10,11 +10,11 @@ from nanoeemllm.config import IMAGE_TOKEN as IMAGE
 from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.cache import KVCache, gather_images
 from nanoeemllm.config import PRESETS, UserError
-from nanoeemllm.generate import Sampling, StopRule, choose, stream_text
+from nanoeemllm.generate import Sampling, StopRule, choose
 from nanoeemllm.layout import build_layout
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.paths import make
-from nanoeemllm.weights.tokenizer import Tokenizer
+from nanoeemllm.weights.tokenizer import Tokenizer, stream_text
 from nanoeemllm.toy.world import make_tokenizer
 from test_model import picture
 

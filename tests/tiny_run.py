@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanoeemllm import checkpoint
+from nanoeemllm.weights import folder as weights
 from nanoeemllm.paths import make
 from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.config import LlamaConfig, ModelConfig, VisionConfig
@@ -110,7 +110,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return checkpoint.load(folder, device="cpu").state_dict()
+    return weights.load(folder, device="cpu").state_dict()
 
 
 def gradients(model: EEMLLM) -> dict[str, Tensor]:

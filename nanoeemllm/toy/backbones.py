@@ -32,7 +32,8 @@ from nanoeemllm.data.images import prepare_image
 from nanoeemllm.llama import SelfAttention
 from nanoeemllm.data import collate
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.prompt import TEMPLATES, Tokenizer, encode_conversation
+from nanoeemllm.prompt import TEMPLATES, encode_conversation
+from nanoeemllm.weights.tokenizer import Tokenizer
 from nanoeemllm.toy.world import (COLOURS, PLACES, SHAPES, Thing, ToyDataset, WorldConfig, caption,
                                   description, draw, make_scene, make_tokenizer)
 from nanoeemllm.weights.initialize import initialize

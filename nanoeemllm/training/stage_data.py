@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanoeemllm.border.files import quoted, read_json
-from nanoeemllm.border.typed import read_config
+from nanoeemllm.border.files import quoted
 from nanoeemllm.config import PRESETS, ModelConfig, UserError
 from nanoeemllm.data import (Loader, Mixture, Plan, Sample, count_tokens, encode_sample,
                              open_mixture)
@@ -21,6 +20,7 @@ from nanoeemllm.training.config import PAPER, TINY, TrainConfig
 from nanoeemllm.data.cost import sample_cost
 from nanoeemllm.training.distributed import ProcessGroup
 from nanoeemllm.training.forecast import SampleSize
+from nanoeemllm.weights.folder import read_config
 from nanoeemllm.weights.tokenizer import Tokenizer
 
 MICRO_BATCH_TOKENS = 8192    # a 7B model's activations of them take about 40 GB, not checkpointed
@@ -31,7 +31,7 @@ def start_config(start: Path, args: argparse.Namespace, world: WorldConfig) -> M
     if args.preset:
         config = PRESETS[args.preset]
     elif (start / "config.json").exists():
-        config = read_config(read_json(start / "config.json"))
+        config = read_config(start)
     else:
         config = tiny_config(world)
     return dataclasses.replace(config, visual_path=from_args(args, config))
