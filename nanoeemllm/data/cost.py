@@ -67,8 +67,9 @@ def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_act
     """A forward pass on meta; with a stage a backward pass as well. save: is called with every
     tensor that is saved for it."""
     model = meta_model(config)
-    ids, layout = build_layout([[1] + [IMAGE_TOKEN] * len(visual) + [1] * (text - 1)
-                                for text, visual in samples], [grids(config, v) for _, v in samples])
+    grids = [image_grids(config, visual) if visual else [] for _, visual in samples]
+    ids, layout = build_layout([[1] + [IMAGE_TOKEN] * len(images) + [1] * (text - 1)
+                                for (text, _), images in zip(samples, grids)], grids)
     patch_dim = config.vision.patch_dim if config.vision else 0
     rows = torch.zeros(target_rows, dtype=torch.long, device="meta")
     batch = Batch(ids.to("meta"), layout, torch.empty(layout.num_visual, patch_dim, device="meta"),
@@ -92,9 +93,12 @@ def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_act
     model.zero_grad()
 
 
-def grids(config: ModelConfig, visual: list[int]) -> list[tuple[int, int]]:
-    side = config.vision.grid_size if config.vision else 0
-    return [(side, side) if n == side ** 2 else (1, n) for n in visual]
+def image_grids(config: ModelConfig, visual: list[int]) -> list[tuple[int, int]]:
+    """CLIP takes images of one size alone: as many as come nearest."""
+    side = config.vision.grid_size
+    if config.vision.architecture == "clip":
+        return [(side, side)] * round(sum(visual) / side ** 2)
+    return [(1, n) for n in visual]
 
 
 @functools.lru_cache(maxsize=4)

@@ -68,7 +68,7 @@ class Operations:
         sizes = [(text, [visual] if visual else []) for text, visual in lengths]
         work = sum(self.cost(text, sum(visual)) for text, visual in sizes)
         if self.unit is None:
-            self.unit = cost.operations(self.config, sizes, self.stage) / work
+            self.unit = sum(cost.operations(self.config, sizes, self.stage)) / work
         return self.unit * work
 
 
