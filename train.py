@@ -29,12 +29,12 @@ import torch
 from tqdm import tqdm
 
 from nanoeemllm import UserError, load as load_model
-from nanoeemllm.backbone import make_backbones, tiny_tokenizer
+from nanoeemllm.toy.backbones import make_backbones, tiny_tokenizer
 from nanoeemllm.border.command import run_command
 from nanoeemllm.border.files import finish_replacement, quoted
 from nanoeemllm.data import Loader, Packed
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.prompt import Tokenizer
+from nanoeemllm.weights.tokenizer import Tokenizer
 from nanoeemllm.toy import WorldConfig
 from nanoeemllm.training.config import (TrainConfig, freeze, learning_rate, make_optimizer,
                                         trained_parameters, training_state)
@@ -242,7 +242,7 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: P
         hours = seconds * data.config.steps / 3600
         return print(f"  {seconds:,.1f} s a step, {hours:,.2f} hours on this CPU (measured on one "
                      "micro-batch)")
-    settings = {"init": str(start), "visual_path": dataclasses.asdict(config.visual_path)}
+    settings = {"init": str(start), "visual_path": config.visual_path.to_dict()}
     settings |= data.settings | dataclasses.asdict(data.config)
     run = RunFolder(args.out / f"{stage}-run", settings, group, args.resume, args.force)
     if run.is_finished:
@@ -291,9 +291,9 @@ def main(args: argparse.Namespace):
             time.sleep(5)        # the first process reports it, and all are ended; or this is alone
             raise UserError(f"process {group.rank}: {error}") from None
     if "finetune" in stages and group.is_first and not (args.data or look):
-        from nanoeemllm import toy_report
+        from nanoeemllm.toy import report
         model = load_model(args.out / "finetune", device=args.device)
-        toy_report.show(model, world, toy_report.score(model, world))
+        report.show(model, world, report.score(model, world))
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ class VisualPath:
     images_are_reusable: ClassVar[bool] = False      # visual tokens never attend to text
     rotates_keys: ClassVar[bool] = True              # visual keys are rotated by their positions
     computes_llava_attention: ClassVar[bool] = False
+    calibrated_as: ClassVar[str | None] = None       # the path that `calibrate` runs the model as
 
     @classmethod
     def published(cls, llama: LlamaConfig) -> "VisualPath | None":

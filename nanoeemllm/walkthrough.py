@@ -83,7 +83,7 @@ def walk(model: EEMLLM, image, question: str):
 
 def compare_layer(model: EEMLLM, name: str, x: torch.Tensor, ctx: Context, T: int, V: int):
     """The first layer's weights under another path, and the operations of the whole model."""
-    from nanoeemllm.training.cost import operations
+    from nanoeemllm.data.cost import operations
     config = ModelConfig(model.config.llama, model.config.vision, model.config.path_named(name))
     decoder = Decoder(config.llama, config.visual_path).to(x)
     decoder.layers[0].load_state_dict(model.decoder.layers[0].state_dict())
@@ -118,7 +118,7 @@ def main():
 def load_tiny(folder: Path | None) -> EEMLLM:
     from nanoeemllm import load
     from nanoeemllm.toy.backbones import tiny_tokenizer
-    from nanoeemllm.training.initialize import initialize
+    from nanoeemllm.weights.initialize import initialize
     if folder or Path("out/finetune/config.json").exists():
         return load(folder or Path("out/finetune"), device="cpu", dtype=torch.float32)
     print("(no trained model in out/finetune: the weights are random, so the answer says nothing)")

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer as Words, models, pre_tokenizers
 from nanoeemllm.config import IMAGE_TOKEN, PRESETS, UserError, VisionConfig
 from nanoeemllm.data import ConversationFile, Loader, Mixture, Plan, conversations, count_tokens, encode_sample, open_mixture
 from nanoeemllm.data.packing import assign_to_ranks, patch_grid
-from nanoeemllm.image import prepare_image
-from nanoeemllm.prompt import Tokenizer
-from nanoeemllm.training.cost import sample_cost
+from nanoeemllm.data.images import prepare_image
+from nanoeemllm.weights.tokenizer import Tokenizer
+from nanoeemllm.data.cost import sample_cost
 
 VISION = VisionConfig(patch_size=4, image_size=32, min_image_size=8, resize="native")
 
@@ -342,7 +342,7 @@ def test_loader_gives_the_same_batches_for_any_number_of_workers_and_reports_the
     for one, other in zip(*runs, strict=True):
         for name in ("step", "last", "keys", "bad", "cut"):
             assert getattr(one, name) == getattr(other, name)
-        for field in ("ids", "patches", "learned_rows", "targets"):
+        for field in ("ids", "patches", "target_rows", "targets"):
             assert torch.equal(getattr(one.batch, field), getattr(other.batch, field))
         assert one.batch.layout.grids == other.batch.layout.grids
     run = runs[0]

@@ -11,10 +11,10 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.fsdp import FSDPModule
 
-from nanoeemllm import checkpoint
-from nanoeemllm.config import VISUAL_PATHS
+from nanoeemllm.weights import folder as weights
+from nanoeemllm.paths import PATHS
 from nanoeemllm.data import Loader, Packed
-from nanoeemllm.model import collate
+from nanoeemllm.data import collate
 from nanoeemllm.training.distributed import save_model, shard_model
 from nanoeemllm.training.step import Stopped
 from train import accumulate
@@ -87,7 +87,7 @@ def one_rank_without_pictures(group, folder):
     mine = [with_pictures, without][group.rank] if group.size == 2 else with_pictures + without
     packed = Packed(0, True, collate([encode(c) for c in mine]), [], [], 0)
     for stage in STAGES:
-        for path in VISUAL_PATHS:
+        for path in PATHS:
             model = tiny_model(path, stage, **SETTINGS.get(path, {}))
             shard_model(model, group)
             accumulate(model, [packed], backward=True)
@@ -99,7 +99,7 @@ def one_rank_without_pictures(group, folder):
 def test_a_rank_without_pictures_takes_part_on_every_visual_path(tmp_path):
     one_rank_without_pictures(ALONE, tmp_path)
     in_processes(2, one_rank_without_pictures, tmp_path)
-    for name in (f"{stage}-{path}" for stage in STAGES for path in VISUAL_PATHS):
+    for name in (f"{stage}-{path}" for stage in STAGES for path in PATHS):
         one, two = torch.load(tmp_path / f"{name}-1"), torch.load(tmp_path / f"{name}-2")
         assert one.keys() == two.keys() and one
         for key in one:
@@ -167,7 +167,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after)
     assert [line["step"] for line in stopped] == list(range(1, 9))
     for a, b in zip(straight, stopped):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
-    one, other = (checkpoint.load(tmp_path / name / "model", device="cpu") for name in ("straight", "stopped"))
+    one, other = (weights.load(tmp_path / name / "model", device="cpu") for name in ("straight", "stopped"))
     assert isinstance(one, type(other)) and not isinstance(other, FSDPModule)
     for (name, a), b in zip(one.named_parameters(), other.parameters()):
         torch.testing.assert_close(b, a, rtol=0, atol=2e-3)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import train
-from nanoeemllm import checkpoint
+from nanoeemllm.weights import folder as weights
 from nanoeemllm.config import UserError
 from nanoeemllm.data import Mixture
 from nanoeemllm.model import EEMLLM
@@ -34,7 +34,7 @@ def world(tmp_path_factory):
     """A model folder and forty conversations of each stage."""
     folder = tmp_path_factory.mktemp("world")
     model = tiny_model()
-    checkpoint.save(model.state_dict(), model.config, model.tokenizer, folder / "start")
+    weights.save(model.state_dict(), model.config, model.tokenizer, folder / "start")
     export_llava(WorldConfig(picture_size=32), folder, 40)
     return folder
 
@@ -57,7 +57,7 @@ def test_both_stages_learn_from_files(world, tmp_path, capsys):
     assert len(first) == 10 and "held_out_loss" in json.loads(first[-1])
     assert json.loads((tmp_path / "pretrain-run" / "run.json").read_text())["conversations"] == [40]
     assert not (tmp_path / "finetune-run" / "checkpoints").exists()
-    assert checkpoint.load(tmp_path / "finetune", device="cpu").config == checkpoint.load(world / "start", device="cpu").config
+    assert weights.load(tmp_path / "finetune", device="cpu").config == weights.load(world / "start", device="cpu").config
     on_files(world, tmp_path, "finetune", "--steps", 12, "--resume")
     assert "finetune: finished already" in capsys.readouterr().out
     with pytest.raises(UserError, match="steps was 12 and is now 13"):
@@ -66,13 +66,13 @@ def test_both_stages_learn_from_files(world, tmp_path, capsys):
 
 def test_another_visual_path_begins_with_its_own_weights(world, tmp_path):
     on_files(world, tmp_path, "pretrain", "--init", world / "start", "--steps", 2, "--visual-path", "saisa")
-    names = checkpoint.load(tmp_path / "pretrain", device="cpu").state_dict()
+    names = weights.load(tmp_path / "pretrain", device="cpu").state_dict()
     assert any("visual_projector" in name for name in names) and not any(name.startswith("projector.") for name in names)
 
 
 def test_stage_1_needs_a_model_that_sees(tmp_path):
     model = EEMLLM(dataclasses.replace(tiny_model().config, vision=None), tiny_model().tokenizer)
-    checkpoint.save(model.state_dict(), model.config, model.tokenizer, tmp_path / "text")
+    weights.save(model.state_dict(), model.config, model.tokenizer, tmp_path / "text")
     with pytest.raises(UserError, match="has no image encoder, so stage 1 has nothing to train"):
         call("--stage", "pretrain", "--init", tmp_path / "text", "--out", tmp_path)
 
@@ -170,13 +170,13 @@ def test_held_out_samples_that_cannot_be_used_are_counted(world, tmp_path):
 
 
 def test_weights_of_another_type_are_refused(world, tmp_path):
-    model = checkpoint.load(world / "start", device="cpu")
+    model = weights.load(world / "start", device="cpu")
     tensors = {name: x.double() for name, x in model.state_dict().items()}
-    checkpoint.save(model.state_dict(), model.config, model.tokenizer, tmp_path / "model")
+    weights.save(model.state_dict(), model.config, model.tokenizer, tmp_path / "model")
     for file in (tmp_path / "model").glob("*.safetensors"):
         save_file(tensors, file)
     with pytest.raises(UserError, match="is torch.float64; weights must be"):
-        checkpoint.load(tmp_path / "model", device="cpu")
+        weights.load(tmp_path / "model", device="cpu")
 
 
 def test_an_epochs_order_is_made_when_it_is_reached(world, capsys):
@@ -273,6 +273,6 @@ def test_the_launcher_killed_or_the_terminal_closed_loses_nothing(world, tmp_pat
             again.wait(120)
         told = program(folder, *torchrun, more=[*more, "--resume"])
         assert told.wait(240) == 0, (folder / "told").read_text()
-        models.append(checkpoint.load(folder / "out" / "finetune", device="cpu").state_dict())
+        models.append(weights.load(folder / "out" / "finetune", device="cpu").state_dict())
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
     assert not list((tmp_path / "killed" / "out").glob(".*"))

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from nanoeemllm import checkpoint
+from nanoeemllm.weights import folder as weights
 from nanoeemllm.config import IMAGE_TOKEN, UserError
 from nanoeemllm.data import Loader, Packed, Sample
-from nanoeemllm.model import collate
+from nanoeemllm.data import collate
 from nanoeemllm.training.config import TrainConfig, learning_rate, make_optimizer, trained_parameters, training_state
 from nanoeemllm.training.distributed import is_whole, save_state
 from nanoeemllm.training.run_folder import RunFolder
@@ -332,7 +332,7 @@ def test_metrics_held_out_loss_and_curve(tmp_path):
     assert {"step", "loss", "lr", "grad_norm", "tokens_per_s", "seconds", "waited_for_data", "memory_gb"} <= lines[0].keys()
     assert [line["step"] for line in lines if "held_out_loss" in line] == [2, 4, 6]
     assert lines[-1]["loss"] < lines[0]["loss"] and (run.folder / "loss.png").stat().st_size > 1000
-    model = checkpoint.load(tmp_path / "model", device="cpu")
+    model = weights.load(tmp_path / "model", device="cpu")
     batch = collate([encode(Talks(16)[i]) for i in range(16)])
     with torch.no_grad():
         assert lines[-1]["held_out_loss"] == pytest.approx(model(batch).item() / len(batch.targets), rel=1e-5)

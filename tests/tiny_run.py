@@ -14,11 +14,13 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanoeemllm import checkpoint
-from nanoeemllm.config import LlamaConfig, ModelConfig, VisionConfig, VisualPathConfig
+from nanoeemllm.weights import folder as weights
+from nanoeemllm.paths import make
+from nanoeemllm.weights.initialize import initialize
+from nanoeemllm.config import LlamaConfig, ModelConfig, VisionConfig
 from nanoeemllm.data import Loader, Mixture, Plan, encode_sample
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.prompt import Tokenizer
+from nanoeemllm.weights.tokenizer import Tokenizer
 from nanoeemllm.toy import make_tokenizer
 from nanoeemllm.training.config import TrainConfig, freeze
 from nanoeemllm.training.distributed import ProcessGroup, init_distributed, save_model, shard_model
@@ -57,13 +59,13 @@ def tiny_config(path: str = "eemllm", **settings) -> ModelConfig:
                         num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
     vision = VisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=8,
                           image_size=32, min_image_size=16, resize="native")
-    return ModelConfig(llama, vision, VisualPathConfig(path, **settings), "short")
+    return ModelConfig(llama, vision, make(path, **settings), "short")
 
 
 def tiny_model(path: str = "eemllm", stage: str = "finetune", **settings) -> EEMLLM:
     torch.manual_seed(0)
     model = EEMLLM(tiny_config(path, **settings), tiny_tokenizer())
-    model.initialize()
+    initialize(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 1:
@@ -108,7 +110,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return checkpoint.load(folder, device="cpu").state_dict()
+    return weights.load(folder, device="cpu").state_dict()
 
 
 def gradients(model: EEMLLM) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 from nanoeemllm.config import UserError
 from nanoeemllm.data.background import in_background
-from nanoeemllm.data.packing import MicroBatch, Mixture, Plan, Sample
-from nanoeemllm.model import Batch, collate
+from nanoeemllm.data.packing import MicroBatch, Mixture, Plan, Sample, collate
+from nanoeemllm.model import Batch
 
 
 @dataclasses.dataclass

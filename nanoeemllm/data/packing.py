@@ -18,13 +18,17 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
 
 from nanoeemllm.config import IMAGE_TOKEN, UserError, VisionConfig
 from nanoeemllm.data.background import in_background
 from nanoeemllm.data.conversations import ConversationFile, image_names
-from nanoeemllm.image import load_image, native_size, prepare_image
-from nanoeemllm.prompt import Tokenizer, encode_conversation
+from nanoeemllm.data.images import load_image, native_size, prepare_image
+from nanoeemllm.layout import build_layout
+from nanoeemllm.model import Batch
+from nanoeemllm.prompt import encode_conversation
+from nanoeemllm.weights.tokenizer import Tokenizer
 
 WINDOW = 32           # steps that are planned together
 GROUP = 16            # samples of nearly the same cost that go into a step together
@@ -99,7 +103,26 @@ class Sample(NamedTuple):
     key: str                             # its id in the file
     cut: bool = False                    # it was too long and has lost its last turns
 
-    learned = property(lambda self: self.loss_mask)
+
+
+def collate(samples: list) -> Batch:
+    """data.Samples -> Batch.
+
+    The target of a text row is the token that follows it in the merged sequence. A target token
+    right behind an image would have to be predicted by a visual row, which makes no query, so it is
+    left out. No chat template has such a token.
+    """
+    grids = [[grid for _, grid in sample.images] for sample in samples]
+    ids, layout = build_layout([sample.ids for sample in samples], grids)
+    mask = [flag for sample in samples for flag, i in zip(sample.loss_mask, sample.ids)
+            if i != IMAGE_TOKEN]
+    position = layout.position[:layout.num_text]
+    is_next = torch.tensor(mask)[1:] & (position[1:] == position[:-1] + 1)
+    is_next[layout.text.start[1:].long() - 1] = False                # the next sample's first token
+    rows = is_next.nonzero().squeeze(1)
+    patches = [patches for sample in samples for patches, _ in sample.images]
+    return Batch(ids, layout, torch.cat(patches) if patches else torch.zeros(0, 0), rows,
+                 ids[rows + 1], [sample.key for sample in samples])
 
 
 def encode_sample(conversation: dict, tokenizer: Tokenizer, template: str,

@@ -46,6 +46,11 @@ def is_new_weight(name: str) -> bool:
     return name.startswith("projector.") or any(part in name for part in own)
 
 
+def is_trained(name: str, stage: str) -> bool:
+    """Stage "pretrain" trains what is new, "finetune" that and the language model."""
+    return is_new_weight(name) or stage == "finetune" and name.startswith("decoder.")
+
+
 # ---- on the command line ----
 
 def add_flags(parser):

@@ -144,6 +144,7 @@ def take(x: Tensor, heads) -> Tensor:
 @dataclass(frozen=True)
 class YOPO(VisualPath):
     name = "yopo"
+    calibrated_as = "llava"
     window: int = size(5, most=1001, metavar="W", help="neighbours W x W (5)")
     ffn_ratio: int = size(2, metavar="R", help="the first 1/R of the FFN's neurons (2)")
     last_visual_layer: int | None = size(None, most=1000, metavar="L_CUT",

@@ -30,11 +30,13 @@ from nanoeemllm.config import PRESETS, ModelConfig, UserError
 from nanoeemllm.data import Sample
 from nanoeemllm.data.images import prepare_image
 from nanoeemllm.llama import SelfAttention
-from nanoeemllm.model import EEMLLM, collate
-from nanoeemllm.prompt import TEMPLATES, Tokenizer, encode_conversation
+from nanoeemllm.data import collate
+from nanoeemllm.model import EEMLLM
+from nanoeemllm.prompt import TEMPLATES, encode_conversation
+from nanoeemllm.weights.tokenizer import Tokenizer
 from nanoeemllm.toy.world import (COLOURS, PLACES, SHAPES, Thing, ToyDataset, WorldConfig, caption,
                                   description, draw, make_scene, make_tokenizer)
-from nanoeemllm.training.initialize import initialize
+from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.vision import VisionTransformer
 from nanoeemllm.weights.folder import save
 

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from nanoeemllm import checkpoint
+from nanoeemllm.weights import folder as weights
 from nanoeemllm.border.command import device_from, from_environment
 from nanoeemllm.border.files import flush, quoted, write_aside
 from nanoeemllm.config import UserError
@@ -157,17 +157,17 @@ def to_local(x: Tensor) -> Tensor:
 def save_model(model: EEMLLM, stored: dict[str, Tensor], group: ProcessGroup, folder: Path):
     """Writes the model folder that one process would write: in the number types it came in, frozen
     tensors to the bit. The first process writes and all gather, one tensor at a time."""
-    def lazy(name: str, p: Tensor) -> checkpoint.Lazy:
+    def lazy(name: str, p: Tensor) -> weights.Lazy:
         def load() -> Tensor:
             if not p.requires_grad:
                 return stored[name]
             whole = p.full_tensor() if isinstance(p, DTensor) else p
             return whole.detach().to("cpu", stored[name].dtype)
-        return checkpoint.Lazy(tuple(p.shape), stored[name].dtype, load)
+        return weights.Lazy(tuple(p.shape), stored[name].dtype, load)
 
     tensors = {name: lazy(name, p) for name, p in model.named_parameters()}
     if group.is_first:
-        checkpoint.save(tensors, model.config, model.tokenizer, folder)
+        weights.save(tensors, model.config, model.tokenizer, folder)
     else:
         for tensor in tensors.values():
             tensor.load()

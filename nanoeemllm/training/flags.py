@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from nanoeemllm.border.command import Parser, positive
-from nanoeemllm.command_line import add_visual_path_flags
 from nanoeemllm.config import PRESETS
+from nanoeemllm.paths import add_flags
 from nanoeemllm.training.stage_data import MICRO_BATCH_TOKENS
 
 STEPS, SIZE = 10**8, 2**20
@@ -17,7 +17,7 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     add("--stage", choices=("all", "backbone", "pretrain", "finetune"), default="all")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="for the stages' folders")
     add("--init", type=Path, metavar="DIR", help="model folder to start from (the stage before's)")
-    add_visual_path_flags(parser)
+    add_flags(parser)
     add("--steps", type=positive(int, most=STEPS), help="optimizer steps of the stage")
     add("--batch-size", type=positive(int, most=SIZE), help="samples a step, over all processes")
     add("--lr", type=positive(float, most=1000), help="highest learning rate")

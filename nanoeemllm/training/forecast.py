@@ -10,8 +10,8 @@ import torch
 
 from nanoeemllm.config import ModelConfig
 from nanoeemllm.model import EEMLLM, Batch
-from nanoeemllm.prompt import Tokenizer
-from nanoeemllm.training import cost
+from nanoeemllm.weights.tokenizer import Tokenizer
+from nanoeemllm.data import cost
 from nanoeemllm.training.config import TrainConfig, freeze
 
 PEAK = 989e12        # dense bfloat16 operations a second of an H100, H200 or H800
@@ -91,7 +91,7 @@ def show_batch(batch: Batch, tokenizer: Tokenizer) -> Iterator[str]:
     """Lines of a packed batch as text: target words in green, `[h x w picture]`s where they stand,
     a rule between samples. Read from what the model gets, not from the conversations."""
     is_target = torch.zeros(len(batch.ids), dtype=torch.bool)
-    is_target[batch.learned_rows + 1] = True
+    is_target[batch.target_rows + 1] = True
     is_target, position = is_target.tolist(), batch.layout.text.position.tolist()
     grids = iter(batch.layout.grids)
     yield (f"{len(batch.keys)} samples, {len(batch.ids):,} text rows, {len(batch.patches):,} "

@@ -20,7 +20,7 @@ from torch import Tensor
 from nanoeemllm.border.files import (finish_replacement, quoted, read_json, replace_folder,
                                      write_aside)
 from nanoeemllm.config import UserError
-from nanoeemllm.plot import line_chart
+from nanoeemllm.border.plot import line_chart
 from nanoeemllm.training.config import TrainConfig
 from nanoeemllm.training.distributed import (ProcessGroup, is_whole, load_state, save_state,
                                              to_local)

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from nanoeemllm.backbone import tiny_config
-from nanoeemllm.border.files import quoted, read_json
-from nanoeemllm.command_line import visual_path_from
+from nanoeemllm.border.files import quoted
 from nanoeemllm.config import PRESETS, ModelConfig, UserError
 from nanoeemllm.data import (Loader, Mixture, Plan, Sample, count_tokens, encode_sample,
                              open_mixture)
-from nanoeemllm.prompt import Tokenizer
+from nanoeemllm.paths import from_args
 from nanoeemllm.toy import ToyDataset, WorldConfig
+from nanoeemllm.toy.backbones import tiny_config
 from nanoeemllm.training.config import PAPER, TINY, TrainConfig
-from nanoeemllm.training.cost import sample_cost
+from nanoeemllm.data.cost import sample_cost
 from nanoeemllm.training.distributed import ProcessGroup
 from nanoeemllm.training.forecast import SampleSize
+from nanoeemllm.weights.folder import read_config
+from nanoeemllm.weights.tokenizer import Tokenizer
 
 MICRO_BATCH_TOKENS = 8192    # a 7B model's activations of them take about 40 GB, not checkpointed
 
@@ -30,10 +31,10 @@ def start_config(start: Path, args: argparse.Namespace, world: WorldConfig) -> M
     if args.preset:
         config = PRESETS[args.preset]
     elif (start / "config.json").exists():
-        config = ModelConfig.from_dict(read_json(start / "config.json"))
+        config = read_config(start)
     else:
         config = tiny_config(world)
-    return dataclasses.replace(config, visual_path=visual_path_from(args, config.visual_path))
+    return dataclasses.replace(config, visual_path=from_args(args, config))
 
 
 def stage_config(stage: str, args: argparse.Namespace, samples: int | None = None) -> TrainConfig:

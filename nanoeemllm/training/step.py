@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from nanoeemllm.config import ModelConfig, UserError
 from nanoeemllm.data import Packed
 from nanoeemllm.model import Batch
-from nanoeemllm.training import cost
+from nanoeemllm.data import cost
 from nanoeemllm.training.distributed import ProcessGroup
 
 # A GPU's dense bfloat16 operations a second; MFU is measured against it.
@@ -68,7 +68,7 @@ class Operations:
         sizes = [(text, [visual] if visual else []) for text, visual in lengths]
         work = sum(self.cost(text, sum(visual)) for text, visual in sizes)
         if self.unit is None:
-            self.unit = cost.operations(self.config, sizes, self.stage) / work
+            self.unit = sum(cost.operations(self.config, sizes, self.stage)) / work
         return self.unit * work
 
 

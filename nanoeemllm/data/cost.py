@@ -22,7 +22,7 @@ from nanoeemllm.attention import compute, use_attention
 from nanoeemllm.config import IMAGE_TOKEN, ModelConfig
 from nanoeemllm.layout import build_layout
 from nanoeemllm.model import EEMLLM, Batch
-from nanoeemllm.training.config import freeze
+from nanoeemllm.paths import is_trained
 
 Samples = list[tuple[int, list[int]]]
 
@@ -67,8 +67,9 @@ def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_act
     """A forward pass on meta; with a stage a backward pass as well. save: is called with every
     tensor that is saved for it."""
     model = meta_model(config)
-    ids, layout = build_layout([[1] + [IMAGE_TOKEN] * len(visual) + [1] * (text - 1)
-                                for text, visual in samples], [grids(config, v) for _, v in samples])
+    grids = [image_grids(config, visual) if visual else [] for _, visual in samples]
+    ids, layout = build_layout([[1] + [IMAGE_TOKEN] * len(images) + [1] * (text - 1)
+                                for (text, _), images in zip(samples, grids)], grids)
     patch_dim = config.vision.patch_dim if config.vision else 0
     rows = torch.zeros(target_rows, dtype=torch.long, device="meta")
     batch = Batch(ids.to("meta"), layout, torch.empty(layout.num_visual, patch_dim, device="meta"),
@@ -78,7 +79,8 @@ def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_act
         with torch.no_grad():
             model(batch)
         return
-    freeze(model, stage)
+    for name, p in model.named_parameters():
+        p.requires_grad_(is_trained(name, stage))
 
     def pack(x):
         if save is not None:
@@ -91,9 +93,12 @@ def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_act
     model.zero_grad()
 
 
-def grids(config: ModelConfig, visual: list[int]) -> list[tuple[int, int]]:
-    side = config.vision.grid_size if config.vision else 0
-    return [(side, side) if n == side ** 2 else (1, n) for n in visual]
+def image_grids(config: ModelConfig, visual: list[int]) -> list[tuple[int, int]]:
+    """CLIP takes images of one size alone: as many as come nearest."""
+    side = config.vision.grid_size
+    if config.vision.architecture == "clip":
+        return [(side, side)] * round(sum(visual) / side ** 2)
+    return [(1, n) for n in visual]
 
 
 @functools.lru_cache(maxsize=4)
