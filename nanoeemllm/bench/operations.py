@@ -10,11 +10,14 @@ formulas carry them. README.md has what the papers state.
 
 import dataclasses
 
+from tqdm import tqdm
+
 from nanoeemllm.border.command import Parser
 from nanoeemllm.config import PRESETS, ModelConfig, VisualPath
 from nanoeemllm.data import cost
-from nanoeemllm.paths import PATHS, add_flags, from_args, make
+from nanoeemllm.paths import PATHS, add_flags, from_args
 
+# (text tokens, [visual tokens of each image])
 CASES = [(text, images) for text in (64, 256)
          for images in ([576], [2304], [4900], [4900, 4900])]
 
@@ -25,39 +28,39 @@ def paths_of(args, config: ModelConfig) -> dict[str, VisualPath]:
     published = [path.published(config.llama) for path in PATHS.values()]
     known = [path for path in published if path is not None]
     paths = {path.name: path for path in (*known, *config.other_paths, config.visual_path)}
-    if args.visual_path:
-        base = paths.get(args.visual_path) or make(args.visual_path)
-        config = dataclasses.replace(config, visual_path=base)
+    if args.visual_path in paths:
+        config = dataclasses.replace(config, visual_path=paths[args.visual_path])
     chosen = from_args(args, config)
-    paths = {"llava": paths["llava"]} if args.visual_path else paths
-    paths[chosen.name] = chosen
-    for path in paths.values():
-        path.check(config.llama)
-    return paths
+    if args.visual_path:
+        paths = {"llava": paths["llava"]}
+    return paths | {chosen.name: chosen}
 
 
 def count(config: ModelConfig, paths: dict[str, VisualPath], cases: list,
           rectangles: bool) -> dict[str, list[tuple[float, float]]]:
-    """Name -> for every case (text tokens, [visual tokens of each image]) the operations of a
-    prefill: (the language model's, the encoder's and projector's)."""
+    """Name -> for every case (the language model's operations, the encoder's and projector's)."""
     counts = {}
-    for name, path in paths.items():
+    for name, path in tqdm(paths.items(), desc="counting", leave=False, disable=None):
         with_path = dataclasses.replace(config, visual_path=path)
         counts[name] = [cost.operations(with_path, [case], rectangles=rectangles) for case in cases]
     return counts
 
 
-def table(counts: dict[str, list[float]], cases: list) -> list[str]:
-    """Lines: 10^12 operations, and relative to llava."""
-    visual = [f"{len(images)} x {images[0]:,}" if len(images) > 1 else f"{images[0]:,}"
-              for _, images in cases]
-    lines = ["| visual tokens | " + " | ".join(visual) + " |",
-             "| text tokens   | " + " | ".join(str(text) for text, _ in cases) + " |",
-             "|---" * (len(cases) + 1) + "|"]
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join(lines)
+
+
+def relative(counts: dict[str, list[float]], cases: list) -> str:
+    """The table: 10^12 operations, and relative to llava."""
+    head = [f"{' + '.join(f'{n:,}' for n in images)} visual, {text} text" for text, images in cases]
+    rows = []
     for name, row in counts.items():
         cells = [f"{n / 1e12:,.1f} ({n / base:.0%})" for n, base in zip(row, counts["llava"])]
-        lines.append(f"| {name:<13} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append([name, *cells])
+    return table(["tokens", *head], rows)
 
 
 def main(argv: list[str]):
@@ -67,11 +70,13 @@ def main(argv: list[str]):
     add_flags(parser)
     args = parser.parse_args(argv)
     config = PRESETS[args.preset]
-    paths = paths_of(args, config)
-    as_papers, visible = (count(config, paths, CASES, rectangles) for rectangles in (True, False))
-    for counts, parts, what in ((as_papers, 1, "the language model, as the papers count"),
-                                (as_papers, 2, "with encoder and projector"),
-                                (visible, 1, "the language model, pairs that see each other")):
+    paths, long = paths_of(args, config), CASES[4:]
+    as_papers = count(config, paths, CASES, rectangles=True)
+    visible = count(config, paths, long, rectangles=False)
+    for counts, parts, cases, what in (
+            (as_papers, 1, CASES, "the language model, as the papers count"),
+            (as_papers, 2, CASES, "with encoder and projector"),
+            (visible, 1, long, "the language model, pairs that see each other")):
         print(f"\n{args.preset}, prefill, {what}: 10^12 operations, and relative to llava")
         totals = {name: [sum(case[:parts]) for case in row] for name, row in counts.items()}
-        print(*table(totals, CASES), sep="\n")
+        print(relative(totals, cases))
