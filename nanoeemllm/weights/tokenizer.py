@@ -69,12 +69,14 @@ class Tokenizer:
         return self._tokenizer.decode([i for i in ids if 0 <= i < self.vocab_size])
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yields the text of ids as they come, never half a character; joined, the pieces are decode(ids)."""
+        """Yields the text of ids as they come, never half a character; joined, the pieces are
+        decode(ids)."""
         before, new = [], []
         for i in ids:
             new.append(i)
             piece = self._continue(before, new)
-            if piece and not piece.endswith("\ufffd"):  # U+FFFD: the bytes so far end inside a character
+            # U+FFFD: the bytes so far end inside a character
+            if piece and not piece.endswith("\ufffd"):
                 yield piece
                 before, new = new, []
         if new:
@@ -167,8 +169,8 @@ def stream_text(tokenizer, ids: Iterable[int], stop_strings: tuple[str, ...] = (
 
 def _without_prefix(tokenizer: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, bool]:
     """A copy that puts no dummy space before a text; and whether text behind a special token gets
-    one. It comes from a Prepend normalizer or from Metaspace, whose scheme "first" means: not behind
-    a special token ("legacy": false)."""
+    one. It comes from a Prepend normalizer or from Metaspace, whose scheme "first" means: not
+    behind a special token ("legacy": false)."""
     text, everywhere = tokenizer.to_str(), True
     if "Prepend" not in text and "Metaspace" not in text:
         return tokenizer, True
