@@ -75,8 +75,8 @@ def load(folder, device=None, dtype: torch.dtype | None = None,
     elif config.visual_path != trained and any(map(is_new_weight, expected.keys() ^ state.keys())):
         raise UserError(f"{quoted(folder)} was trained as {trained.name}; "
                         f"{config.visual_path.name} as asked for has other weights of its own: "
-                        f"train them with train.py --stage pretrain --init {quoted(folder)} and the "
-                        "same visual path")
+                        f"train them with train.py --stage pretrain --init {quoted(folder)} "
+                        "and the same visual path")
     check_tensors(folder, expected, {name: tuple(x.shape) for name, x in state.items()})
     model.load_state_dict({name: state.pop(name).to(dtype=dtype) for name in list(state)},
                           assign=True)
