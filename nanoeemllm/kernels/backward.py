@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .forward import (LOG2_E, SMALL, Tile, add_dot, column_split, dot_rows, fitting_tiles,
+from .forward import (LOG2_E, Tile, add_dot, column_split, dot_rows, fitting_tiles,
                       key_blocks, load_block, load_tile, packed_rows, rows_of, runs_of,
                       scale_tile, sizes, store_tile, zero_rows_in_no_run, zero_tile)
 
@@ -63,8 +63,6 @@ def query_kernel(q, k_visual, v_visual, k_text, v_text, query, visual, text, see
     do = load_tile(dout + at * D, offsets * D, inside, D, MAIN, REST, True)
     row_lse = tl.load(lse + at + offsets, mask=inside, other=0.0)
     row_delta = tl.load(delta + at + offsets, mask=inside, other=0.0)
-    row_sees_visual = tl.load(sees_visual + row + r, mask=inside, other=0)
-    row_sees_text = tl.load(sees_text + row + r, mask=inside, other=0)
     visual_row, visual_seen, visual_full, visual_masked = key_blocks(
         visual, sees_visual, sample, row, last, BLOCK_N)
     text_row, text_seen, text_full, text_masked = key_blocks(
@@ -88,7 +86,8 @@ def query_kernel(q, k_visual, v_visual, k_text, v_text, query, visual, text, see
                                group, real, D, MAIN, REST, BLOCK_N, MASKED)
                 p = tl.exp2(dot_rows(q_tile, k, REST) * scale_log2 - row_lse[:, None])
                 if MASKED:
-                    sees = tl.where(is_text, row_sees_text, row_sees_visual)
+                    sees = tl.where(is_text, sees_text, sees_visual) + row + r
+                    sees = tl.load(sees, mask=inside, other=0)
                     p = tl.where(n[None, :] < sees[:, None], p, 0.0)
                 ds = p * (dot_rows(do, v, REST) - row_delta[:, None])
                 acc = add_dot(acc, ds, k, REST)
@@ -169,8 +168,10 @@ def keys_kernel(q, k_visual, v_visual, k_text, v_text, query, visual, text, firs
 
 # ---- tile sizes: as in forward.py, the first that fits ----
 
-QUERY = [Tile(90, 128, 64, 8, 3), Tile(90, 128, 64, 8, 2), Tile(80, 64, 32, 4, 3)]
-KEYS = [Tile(90, 64, 64, 4, 3), Tile(80, 64, 64, 8, 2), Tile(80, 32, 64, 4, 3)]
+QUERY = [Tile(90, 128, 128, 64, 8, 3), Tile(90, 128, 128, 64, 8, 2),
+         Tile(80, 128, 128, 32, 8, 3), Tile(80, 256, 64, 32, 4, 3)]
+KEYS = [Tile(90, 64, 64, 64, 8, 3), Tile(90, 128, 32, 128, 8, 3),
+        Tile(80, 128, 64, 64, 8, 2), Tile(80, 256, 32, 64, 8, 3)]
 
 
 def query_rows(tile: Tile) -> int:

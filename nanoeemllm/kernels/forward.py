@@ -212,8 +212,6 @@ def forward_kernel(q, k_visual, v_visual, k_text, v_text, query, visual, text, s
     q_offsets = (r * q.row + h * q.head) * 8
     q_tile = load_tile(q.x + (row * q.row + group * GROUP * q.head) * 8, q_offsets, inside,
                        D, MAIN, REST, True)
-    row_sees_visual = tl.load(sees_visual + row + r, mask=inside, other=0)
-    row_sees_text = tl.load(sees_text + row + r, mask=inside, other=0)
     visual_row, visual_seen, visual_full, visual_masked = key_blocks(
         visual, sees_visual, sample, row, last, BLOCK_N)
     text_row, text_seen, text_full, text_masked = key_blocks(
@@ -244,7 +242,8 @@ def forward_kernel(q, k_visual, v_visual, k_text, v_text, query, visual, text, s
                                group, real, D, MAIN, REST, BLOCK_N, MASKED)
                 s = dot_rows(q_tile, k, REST)
                 if MASKED:
-                    sees = tl.where(is_text, row_sees_text, row_sees_visual)
+                    sees = tl.where(is_text, sees_text, sees_visual) + row + r
+                    sees = tl.load(sees, mask=inside, other=0)
                     s = tl.where(n[None, :] < sees[:, None], s, -float("inf"))
                 new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
                 p = tl.exp2(s * scale_log2 - new_top[:, None])
@@ -288,23 +287,24 @@ def combine_kernel(partial, partial_lse, out, lse, query, row_heads, heads, samp
 # ---- tile sizes ----
 
 class Tile(NamedTuple):
-    capability: int  # the oldest GPU it is for: 80 is Ampere, 89 Ada, 90 Hopper
+    capability: int  # the oldest GPU it is for: 80 is Ampere, 90 Hopper
+    D: int           # the widest head it is for
     BLOCK_M: int
     BLOCK_N: int
     warps: int
     stages: int
 
 
-# The launcher takes the first entry that the GPU is new enough for and that fits its shared memory.
-# Chosen by what the compiler makes of them (README.md): no GPU has measured them yet.
-# Three stages: with two, the next block's copy is issued at the bottom of the loop, too late.
-FORWARD = [Tile(90, 128, 128, 8, 3), Tile(90, 128, 64, 8, 3), Tile(80, 64, 64, 4, 3),
-           Tile(80, 128, 32, 8, 3)]
-# Few query rows, as in decoding: blocks of 32 share a sequence out more evenly than blocks of 64,
-# and 16 rows are the least that the tensor cores multiply.
-FORWARD_FEW = [Tile(80, 16, 32, 4, 3), Tile(80, 16, 64, 4, 3)]
-SMALL = Tile(80, 16, 32, 4, 1)  # fits everywhere; and float32 has no tensor cores to feed
-FEW = 16                        # packed query rows up to which a call counts as "few"
+# The launcher takes the first entry for the GPU's generation that fits its shared memory. Chosen by
+# what the compiler makes of them (README.md: no spills, wgmma not serialised); no GPU has measured
+# them yet. Three stages: with two, the next block's copy is issued at the loop's bottom, too late.
+FORWARD = [Tile(90, 80, 128, 128, 8, 3), Tile(90, 128, 128, 64, 8, 3),
+           Tile(80, 128, 128, 64, 8, 3), Tile(80, 256, 128, 32, 8, 3)]
+# Few query rows, as in decoding: 16 are the least that tensor cores multiply, and blocks of 32
+# share a sequence out more evenly than blocks of 64.
+FORWARD_FEW = [Tile(80, 256, 16, 32, 4, 3), Tile(80, 256, 16, 64, 4, 3)]
+SMALL = Tile(80, 256, 16, 32, 4, 1)  # fits everywhere; and float32 has no tensor cores to feed
+FEW = 16                             # packed query rows up to which a call counts as "few"
 
 
 def forward_rows(tile: Tile) -> int:
@@ -313,18 +313,23 @@ def forward_rows(tile: Tile) -> int:
 
 
 def fitting_tiles(tiles: list[Tile], rows, q: Tensor) -> list[Tile]:
-    """Those of `tiles` that q's GPU can run, given rows(tile) of shared memory; never none."""
+    """The entries for q's GPU and head width, given rows(tile) of shared memory; never none."""
     _, capability, memory = device_limits(q.device)
-    room = (memory - 2048) // (sum(column_split(q.shape[-1])) * q.element_size())
-    fit = [tile for tile in tiles if tile.capability <= capability and rows(tile) <= room]
-    return fit if fit and q.element_size() == 2 else [SMALL]
+    D = q.shape[-1]
+    room = (memory - 2048) // (sum(column_split(D)) * q.element_size())
+    fit = [tile for tile in tiles
+           if tile.capability <= capability and D <= tile.D and rows(tile) <= room]
+    if not fit or q.element_size() != 2:
+        return [SMALL]
+    newest = max(tile.capability for tile in fit)
+    return [tile for tile in fit if tile.capability == newest]
 
 
 @functools.cache
 def device_limits(device: torch.device) -> tuple[int, int, int]:
     """-> multiprocessors, compute capability x 10, bytes of shared memory a program can have."""
     if device.type != "cuda":
-        return 1, 80, 0  # the interpreter
+        return 1, 80, 2 ** 20  # the interpreter
     limits = torch.cuda.get_device_properties(device)
     capability = 10 * limits.major + limits.minor
     return limits.multi_processor_count, capability, limits.shared_memory_per_block_optin
