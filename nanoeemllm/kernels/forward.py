@@ -302,7 +302,7 @@ FORWARD = [Tile(90, 80, 128, 128, 8, 3), Tile(90, 128, 128, 64, 8, 3),
            Tile(80, 128, 128, 64, 8, 3), Tile(80, 256, 128, 32, 8, 3)]
 # Few query rows, as in decoding: 16 are the least that tensor cores multiply, and blocks of 32
 # share a sequence out more evenly than blocks of 64.
-FORWARD_FEW = [Tile(80, 256, 16, 32, 4, 3), Tile(80, 256, 16, 64, 4, 3)]
+FORWARD_FEW = [Tile(80, 256, 16, 32, 4, 3), Tile(80, 256, 16, 32, 4, 4)]
 SMALL = Tile(80, 256, 16, 32, 4, 1)  # fits everywhere; and float32 has no tensor cores to feed
 FEW = 16                             # packed query rows up to which a call counts as "few"
 
