@@ -287,7 +287,7 @@ def combine_kernel(partial, partial_lse, out, lse, query, row_heads, heads, samp
 # ---- tile sizes ----
 
 class Tile(NamedTuple):
-    capability: int  # the oldest GPU it is for: 80 is Ampere, 90 Hopper
+    capability: int  # the oldest GPU it is for: 80 Ampere, 89 Ada, 90 Hopper
     D: int           # the widest head it is for
     BLOCK_M: int
     BLOCK_N: int
@@ -299,10 +299,12 @@ class Tile(NamedTuple):
 # what the compiler makes of them (README.md: no spills, wgmma not serialised); no GPU has measured
 # them yet. Three stages: with two, the next block's copy is issued at the loop's bottom, too late.
 FORWARD = [Tile(90, 80, 128, 128, 8, 3), Tile(90, 128, 128, 64, 8, 3),
-           Tile(80, 128, 128, 64, 8, 3), Tile(80, 256, 128, 32, 8, 3)]
+           Tile(80, 128, 128, 64, 8, 3), Tile(80, 256, 64, 64, 4, 2)]
 # Few query rows, as in decoding: 16 are the least that tensor cores multiply, and blocks of 32
 # share a sequence out more evenly than blocks of 64.
-FORWARD_FEW = [Tile(80, 256, 16, 32, 4, 3), Tile(80, 256, 16, 32, 4, 4)]
+FORWARD_FEW = [Tile(90, 256, 16, 32, 4, 3), Tile(90, 256, 16, 64, 4, 2),
+               Tile(89, 256, 16, 32, 2, 3),
+               Tile(80, 256, 16, 32, 4, 3), Tile(80, 256, 16, 64, 4, 2)]
 SMALL = Tile(80, 256, 16, 32, 4, 1)  # fits everywhere; and float32 has no tensor cores to feed
 FEW = 16                             # packed query rows up to which a call counts as "few"
 
