@@ -61,9 +61,20 @@ def attention_reference(q, k_visual, v_visual, k_text, v_text, query, visual, te
     return out
 
 
-def _on_gpu(*args) -> Tensor:
-    from nanoeemllm.kernel import composite_attention_kernel  # Triton is imported where there is a GPU
-    return composite_attention_kernel(*args)
+def _on_gpu(q, k_visual, v_visual, k_text, v_text, query, visual, text, scale) -> Tensor:
+    from nanoeemllm.kernels import composite_attention  # Triton is imported where there is a GPU
+    sees = [_visible(query, run) for run in (visual, text)]
+    spans = [(run.start, run.length, run.max_length) for run in (query, visual, text)]
+    return composite_attention(q, k_visual, v_visual, k_text, v_text, *spans, *sees, scale=scale)
+
+
+def _visible(query: Run, keys: Run) -> Tensor:
+    """(N,) int32: how many keys of its sample's run each query sees."""
+    counts = torch.zeros_like(query.position)
+    for b in range(len(query.start)):
+        rows, run = (slice(int(x.start[b]), int(x.start[b] + x.length[b])) for x in (query, keys))
+        counts[rows] = torch.searchsorted(keys.position[run], query.position[rows], right=True).int()
+    return counts
 
 
 # ---- fast PyTorch, for machines without a GPU ----

@@ -384,6 +384,11 @@ def sizes(D: int, GROUP: int, tile: Tile) -> dict:
                 num_warps=tile.warps, num_stages=tile.stages)
 
 
+def splits_for(tile: Tile, q: Tensor, programs: int, max_lengths: list[int]) -> int:
+    blocks = sum(triton.cdiv(length, tile.BLOCK_N) for length in max_lengths[1:])
+    return choose_splits(programs, blocks, program_places(tile, forward_rows, q))
+
+
 def launch_forward(q, keys, tables, max_lengths, scale, tile=None, splits=None):
     """The op `attend` on a device. keys: k_visual, v_visual, k_text, v_text; tile and splits
     override the choice."""
@@ -393,8 +398,7 @@ def launch_forward(q, keys, tables, max_lengths, scale, tile=None, splits=None):
         return torch.zeros_like(q), q.new_full((N, H), -math.inf, dtype=torch.float32)
     tile = tile or fitting_tiles(FORWARD_FEW if packed <= FEW else FORWARD, forward_rows, q)[0]
     tiles = triton.cdiv(packed, tile.BLOCK_M)
-    blocks = sum(triton.cdiv(length, tile.BLOCK_N) for length in max_lengths[1:])
-    splits = splits or choose_splits(tiles * G * B, blocks, program_places(tile, forward_rows, q))
+    splits = splits or splits_for(tile, q, tiles * G * B, max_lengths)
 
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
         (N, H), dtype=torch.float32)
