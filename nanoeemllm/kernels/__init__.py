@@ -105,7 +105,8 @@ def attend_backward(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k_visual:
 
 
 @attend_backward.register_fake
-def _(dout, out, lse, q, k_visual, v_visual, k_text, v_text, tables, max_lengths, scale, needed):
+def _(dout, out, lse, q, k_visual, v_visual, k_text, v_text, tables, max_lengths, scale,
+      needed):
     return _empty_grads(q, (k_visual, v_visual, k_text, v_text), needed)
 
 
@@ -174,7 +175,8 @@ def _check_tables(q, entries, spans, rows):
             _expect(name, "device", x.device, q.device)
     if spans["query"][0].is_cpu and not torch.compiler.is_compiling():
         for (name, span), there in zip(spans.items(), rows):
-            for b, (start, length) in enumerate(zip(span[0].tolist(), span[1].tolist())):
+            runs = zip(span[0].tolist(), span[1].tolist())
+            for b, (start, length) in enumerate(runs):
                 if not 0 <= start <= start + length <= there:
                     raise ValueError(f"{name}: sample {b} has rows {start} to {start + length}, "
                                      f"expected within 0 to {there}")
