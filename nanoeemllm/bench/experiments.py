@@ -4,8 +4,8 @@
 
 Prints, as it goes: the ceilings and what replaying an empty graph costs; every table entry for this
 GPU, with its stages and with one stage more or less, in prefill, decoding and training; splits of
-1, 2, 4, ... 64 beside the number chosen. Then the verdict, by these rules: for each table, an entry's loss is its time over the
-fastest entry's, at the worst of the table's cases. The entry with the least loss goes first; if
+1, 2, 4, ... 64 beside the number chosen. Then the verdict, by these rules: for each table, an
+entry's loss is its time over the fastest entry's, at the worst of the table's cases. The entry with the least loss goes first; if
 that is within 3% it is the only one the table needs, otherwise the cases that want another are
 named. For splits, "chosen" should come first.
 """

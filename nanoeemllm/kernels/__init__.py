@@ -181,5 +181,5 @@ def _check_tables(q, entries, spans, rows):
                     raise ValueError(f"{name}: sample {b} has rows {start} to {start + length}, "
                                      f"expected within 0 to {there}")
                 if length > span[2]:
-                    raise ValueError(f"{name}: max_length is {span[2]}, expected at least {length}, "
-                                     f"sample {b}'s length")
+                    raise ValueError(f"{name}: max_length is {span[2]}, expected at least "
+                                     f"{length}, sample {b}'s length")
