@@ -295,12 +295,26 @@ def test_tensors_that_do_not_fit(llm, tmp_path, capsys):
     ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
     ({"hidden_act": "gelu"}, "gelu"), ({"attention_bias": True}, "attention_bias"),
     ({"architectures": 3}, "supported: LlamaForCausalLM"), ({"rope_parameters": 3}, "rope_parameters"),
+    ({"num_hidden_layers": 10 ** 12}, "num_hidden_layers"), ({"hidden_size": 1e308}, "hidden_size"),
+    ({"vocab_size": 2 ** 31}, "vocab_size"), ({"rms_norm_eps": 0}, "rms_norm_eps"), ({"head_dim": -8}, "head_dim"),
+    ({"rope_parameters": {"rope_theta": [1]}}, "rope_theta"), ({"rope_parameters": {"rope_type": [1]}}, "not supported"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": {}, "low_freq_factor": 1, "high_freq_factor": 4,
+                          "original_max_position_embeddings": 64}}, "factor"),
     ({"num_attention_heads": "4"}, "num_attention_heads"), ({"num_hidden_layers": 0}, "num_hidden_layers"),
     ({"rope_parameters": {"rope_type": "llama3"}}, "low_freq_factor"), ({"num_key_value_heads": 3}, "3"),
 ])
 def test_unsupported_configuration(change, said, llm, tmp_path, capsys):
     edit(llm / "config.json", lambda config: config.update(change))
     assert said in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 10 ** 12}, {"image_size": 2 ** 20}, {"patch_size": 0.5},
+                                    {"num_attention_heads": 0}, {"layer_norm_eps": 1e300 * 1e8}])
+def test_numbers_of_an_encoder_out_of_range(change, tmp_path, capsys):
+    folder = shutil.copytree(SOURCES / "clip_vision", tmp_path / "vision")
+    edit(folder / "config.json", lambda config: config.update(change))
+    message = refused(capsys, tmp_path / "model", "--llm", SOURCES / "smollm2", "--vision", folder)
+    assert next(iter(change)) in message or "finite" in message
 
 
 def test_broken_json(llm, tmp_path, capsys):

@@ -52,8 +52,9 @@ def export(model: Path, out: Path) -> str:
         (aside / "tokenizer.json").write_text(library.to_str(), encoding="utf-8")
         for file, data in configurations.items():
             write_json(aside / file, data)
+        # processors look for it in a file of its own
         template = configurations["tokenizer_config.json"]["chat_template"]
-        (aside / "chat_template.jinja").write_text(template, encoding="utf-8")   # processors read it
+        (aside / "chat_template.jinja").write_text(template, encoding="utf-8")
     return name
 
 
@@ -63,8 +64,8 @@ def check(config: ModelConfig) -> None:
         raise UserError(f"LLaVA's layout has no place for {path.name}'s own weights")
     resize = {"clip": "pad", "siglip": "square"}[vision.architecture]
     if vision.resize != resize:
-        raise UserError(f"LLaVA's layout has no native aspect ratio: its {vision.architecture} images "
-                        f"are made one size (resize {resize}, not {vision.resize})")
+        raise UserError(f"LLaVA's layout has no native aspect ratio: its {vision.architecture} "
+                        f"images are made one size (resize {resize}, not {vision.resize})")
     if not path.computes_llava_attention:
         print(f"note: LLaVA's layout computes LLaVA's attention, not that of {path.name}",
               file=sys.stderr)

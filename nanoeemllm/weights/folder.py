@@ -74,9 +74,9 @@ def load(folder, device=None, dtype: torch.dtype | None = None,
         state |= {name: x.to(device, stored) for name, x in random_weights(new).items()}
     elif config.visual_path != trained and any(map(is_new_weight, expected.keys() ^ state.keys())):
         raise UserError(f"{quoted(folder)} was trained as {trained.name}; "
-                        f"{config.visual_path.name} as asked for has other weights of its own: train "
-                        f"them with train.py --stage pretrain --init {quoted(folder)} and the same "
-                        "visual path")
+                        f"{config.visual_path.name} as asked for has other weights of its own: "
+                        f"train them with train.py --stage pretrain --init {quoted(folder)} "
+                        "and the same visual path")
     check_tensors(folder, expected, {name: tuple(x.shape) for name, x in state.items()})
     model.load_state_dict({name: state.pop(name).to(dtype=dtype) for name in list(state)},
                           assign=True)

@@ -17,7 +17,8 @@ EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|im_end|>")
 
 
 class Tokenizer:
-    """A `tokenizers` tokenizer that reads special tokens in a text as text, and streams whole characters."""
+    """A `tokenizers` tokenizer that reads special tokens in a text as text, and streams whole
+    characters."""
 
     def __init__(self, source: str | Path | tokenizers.Tokenizer, eos_ids: Iterable[int] = (),
                  bos_ids: Iterable[int] | None = None):
@@ -56,7 +57,8 @@ class Tokenizer:
         return self.eos_ids[0]
 
     def encode(self, text: str, bos: bool = False, prefix: bool = True) -> list[int]:
-        """Ids of a text. prefix: the text begins a string, so SentencePiece's dummy space goes before it."""
+        """Ids of a text. prefix: the text begins a string, so SentencePiece's dummy space goes
+        before it."""
         part = self._tokenizer if prefix else self._inner
         with _library_errors("the tokenizer fails on this text"):
             ids = part.encode(text, add_special_tokens=False).ids
@@ -67,12 +69,14 @@ class Tokenizer:
         return self._tokenizer.decode([i for i in ids if 0 <= i < self.vocab_size])
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yields the text of ids as they come, never half a character; joined, the pieces are decode(ids)."""
+        """Yields the text of ids as they come, never half a character; joined, the pieces are
+        decode(ids)."""
         before, new = [], []
         for i in ids:
             new.append(i)
             piece = self._continue(before, new)
-            if piece and not piece.endswith("\ufffd"):  # U+FFFD: the bytes so far end inside a character
+            # U+FFFD: the bytes so far end inside a character
+            if piece and not piece.endswith("\ufffd"):
                 yield piece
                 before, new = new, []
         if new:
@@ -81,16 +85,21 @@ class Tokenizer:
     def _continue(self, before: list[int], new: list[int]) -> str:
         """Text of new where it follows before, which the decoder needs to place spaces rightly."""
         start, whole = self.decode(before), self.decode(before + new)
-        return whole[len(start):] if whole.startswith(start) else self.decode(new)  # bytes that make no character
+        if whole.startswith(start):
+            return whole[len(start):]
+        return self.decode(new)                 # bytes that make no character
 
     def special_id(self, name: str) -> int:
-        """Id of a template's special token. Raises UserError where the tokenizer has none of that name."""
+        """Id of a template's special token. Raises UserError where the tokenizer has none of that
+        name."""
         if not self.has(name):
-            raise UserError(f"the tokenizer has no token {name}: choose another chat template ({', '.join(TEMPLATES)})")
+            raise UserError(f"the tokenizer has no token {name}: choose another chat template "
+                            f"({', '.join(TEMPLATES)})")
         return self._tokenizer.token_to_id(name)
 
     def end_id(self, template: str) -> int:
-        """The token that ends what the assistant says. Generation stops at it and at the tokenizer's own: stop_ids."""
+        """The token that ends what the assistant says. Generation stops at it and at the
+        tokenizer's own: stop_ids."""
         end = template_named(template).end
         return self.special_id(end) if end else self.eos_id
 
@@ -159,9 +168,9 @@ def stream_text(tokenizer, ids: Iterable[int], stop_strings: tuple[str, ...] = (
 
 
 def _without_prefix(tokenizer: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, bool]:
-    """A copy that puts no dummy space before a text; and whether text behind a special token gets one. It comes from
-    a Prepend normalizer or from Metaspace, whose scheme "first" means: not behind a special token ("legacy": false).
-    """
+    """A copy that puts no dummy space before a text; and whether text behind a special token gets
+    one. It comes from a Prepend normalizer or from Metaspace, whose scheme "first" means: not
+    behind a special token ("legacy": false)."""
     text, everywhere = tokenizer.to_str(), True
     if "Prepend" not in text and "Metaspace" not in text:
         return tokenizer, True
@@ -170,7 +179,8 @@ def _without_prefix(tokenizer: tokenizers.Tokenizer) -> tuple[tokenizers.Tokeniz
     if normalizer.get("type") == "Prepend":
         data["normalizer"] = None
     elif normalizer.get("type") == "Sequence":
-        normalizer["normalizers"] = [part for part in normalizer["normalizers"] if part["type"] != "Prepend"]
+        steps = normalizer["normalizers"]
+        normalizer["normalizers"] = [step for step in steps if step["type"] != "Prepend"]
     for part in splitter.get("pretokenizers", [splitter]):
         if part.get("type") == "Metaspace":
             everywhere = everywhere and part["prepend_scheme"] != "first"
