@@ -6,7 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from nanoeemllm import bench, bench_systems
+from nanoeemllm.attention import use_attention
+from nanoeemllm.bench import decode, prefill
+from nanoeemllm.bench.__main__ import main
+from nanoeemllm.bench.systems import scores_in_memory
 from nanoeemllm.config import IMAGE_TOKEN as IMAGE
 from nanoeemllm.config import UserError
 from nanoeemllm.border.plot import line_chart
@@ -29,25 +32,34 @@ def test_line_charts_take_what_runs_leave(tmp_path):
 def test_benchmarks_of_every_system(tmp_path, capsys, monkeypatch):
     common = ["--preset", "tiny", "--systems", "all", "--visual", "576", "--text", "40", "--runs", "1", "--device", "cpu",
               "--out", str(tmp_path)]
-    monkeypatch.setattr(bench, "best_ms", lambda *args: 1.0)                   # the rates are not what is tested
-    bench.main(["prefill", *common])
+    for module in (prefill, decode):
+        monkeypatch.setattr(module, "best_ms", lambda *args: 1.0)              # the rates are not what is tested
+    main(["prefill", *common])
     rows = {row["system"]: row for row in json.loads((tmp_path / "prefill.json").read_text())["rows"]}
     assert rows["eemllm"]["operations"] < rows["llava"]["operations"] == rows["llava-2024"]["operations"]
     assert "second" in rows["eemllm"] and "second" not in rows["llava"] and rows["eemllm"]["vision"] > 0
-    bench.main(["decode", *common, "--tokens", "9"])
+    main(["decode", *common, "--tokens", "9"])
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert [list(row["seconds"]) for row in rows] == [["2", "8", "9"]] * len(rows) and (tmp_path / "decode.png").is_file()
     shown = capsys.readouterr().out
     assert shown.count("1 x 576") == 16 and "threads" in shown
     with pytest.raises(UserError, match="known are"):
-        bench.main(["prefill", *common, "--systems", "x"])
+        main(["prefill", *common, "--systems", "x"])
     for flag in ("--runs", "--images", "--text", "--tokens"):
         with pytest.raises(UserError, match=f"{flag}: '0' is no int over 0"):
-            bench.main(["prefill", *common, flag, "0"])
+            main(["prefill", *common, flag, "0"])
+
+
+def test_training_steps_are_timed(capsys):
+    main(["train", "--paths", "llava", "saisa", "--stages", "pretrain", "--visual", "64", "--samples", "1", "--steps", "1"])
+    shown = capsys.readouterr().out
+    assert "| pretrain | 64 | llava |" in shown and "| pretrain | 64 | saisa |" in shown
+    with pytest.raises(UserError, match="square picture, as in 49"):
+        main(["train", "--visual", "50"])
 
 
 def test_scores_in_memory_give_the_same_logits():
     model = wide_model("llava", dtype=torch.float64)
     expected = model.logits([1, IMAGE, 5, 6], [picture(1)])
-    with bench_systems.scores_in_memory():
+    with use_attention(scores_in_memory):
         torch.testing.assert_close(model.logits([1, IMAGE, 5, 6], [picture(1)]), expected, rtol=1e-5, atol=1e-5)

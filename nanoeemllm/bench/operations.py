@@ -37,8 +37,8 @@ def paths_of(args, config: ModelConfig) -> dict[str, VisualPath]:
 
 
 def count(config: ModelConfig, paths: dict[str, VisualPath], cases: list,
-          rectangles: bool) -> dict[str, list[tuple[float, float]]]:
-    """Name -> for every case (the language model's operations, the encoder's and projector's)."""
+          rectangles: bool) -> dict[str, list[tuple[float, float, float]]]:
+    """Name -> for every case the language model's, the projector's and the encoder's operations."""
     counts = {}
     for name, path in tqdm(paths.items(), desc="counting", leave=False, disable=None):
         with_path = dataclasses.replace(config, visual_path=path)
@@ -75,7 +75,7 @@ def main(argv: list[str]):
     visible = count(config, paths, long, rectangles=False)
     for counts, parts, cases, what in (
             (as_papers, 1, CASES, "the language model, as the papers count"),
-            (as_papers, 2, CASES, "with encoder and projector"),
+            (as_papers, 3, CASES, "with encoder and projector"),
             (visible, 1, long, "the language model, pairs that see each other")):
         print(f"\n{args.preset}, prefill, {what}: 10^12 operations, and relative to llava")
         totals = {name: [sum(case[:parts]) for case in row] for name, row in counts.items()}
