@@ -154,7 +154,7 @@ def _check_tensors(q, k_visual, v_visual, k_text, v_text, scale):
     H, D, G = *q.shape[1:], k_text.shape[1]
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"q: dtype is {q.dtype}, expected bfloat16, float16 or float32")
-    if D % 8 or not 16 <= D <= 256:
+    if not q.is_meta and (D % 8 or not 16 <= D <= 256):
         raise ValueError(f"q: head width is {D}, expected a multiple of 8 from 16 to 256")
     if not G or H % G:
         raise ValueError(f"q: number of heads is {H}, expected a multiple of k_text's {G}")
