@@ -36,12 +36,12 @@ VARIANTS |= {"yopo-uneven": UNEVEN, "flamingo-1": make("flamingo", every=1), "ee
 # ---- the formulas: n rows through a matrix a x b are 2 n a b; attention of n queries over m keys 4 n m H D ----
 
 def by_formula(config: ModelConfig, samples: list, rectangles: bool) -> Counter:
-    """Operations by term; samples as cost.operations takes them: images behind one text token, one row of logits."""
+    """Operations by term; samples as cost.operations takes them: images in front, one row of logits."""
     llama, vision, total = config.llama, config.vision, Counter()
     for text, visual in samples:
         total["logits"] += 2 * llama.hidden_size * llama.vocab_size
         # of each image: its patches, the text rows before it, those from it to the next image
-        images = [(n, 1, text - 1 if i == len(visual) - 1 else 0) for i, n in enumerate(visual)]
+        images = [(n, 0, text if i == len(visual) - 1 else 0) for i, n in enumerate(visual)]
         for layer in range(llama.num_hidden_layers):
             total += of_layer(config, layer, text, images, rectangles)
         for n in visual:
@@ -125,7 +125,7 @@ def test_a_prefill_is_counted_as_pytorch_sees_it(name, vision):
     through, FlopCounterMode knows on a CPU the one made of plain products alone (MATH)."""
     config = ModelConfig(LLAMA, vision, VARIANTS[name])
     model = EEMLLM(config)
-    text, layout = build_layout([[1, IMAGE_TOKEN] + [1] * 29], [[(12, 12)]])
+    text, layout = build_layout([[IMAGE_TOKEN] + [1] * 30], [[(12, 12)]])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as seen, torch.no_grad():
         hidden = model.decoder(text, model.visual_tokens(torch.randn(144, VISION.patch_dim), [(12, 12)]), layout)
         model.decoder.logits(hidden[-1:])
@@ -197,7 +197,7 @@ def test_bytes_saved_are_those_of_a_real_run(name, stage, checkpointed):
     freeze(model, stage)
     model.decoder.checkpoint_activations = checkpointed
     rows = torch.arange(targets)
-    ids, layout = build_layout([[1] + [IMAGE_TOKEN] * len(visual) + [1] * (text - 1) for text, visual in samples],
+    ids, layout = build_layout([[IMAGE_TOKEN] * len(visual) + [1] * text for text, visual in samples],
                                [[(1, n) for n in visual] for _, visual in samples])
     batch = Batch(ids, layout, torch.randn(layout.num_visual, VISION.patch_dim), rows, rows, [])
     weights, saved = {p.untyped_storage()._cdata for p in model.parameters()}, {}

@@ -162,7 +162,7 @@ def rounds(systems: list[System], args, measure: Callable) -> list[tuple]:
     for visual, count in [(visual, count) for visual in args.visual for count in args.images]:
         patches = torch.randn(visual, config.vision.patch_dim, generator=generator).to(args.device)
         images = [(patches, (SIDES[visual], SIDES[visual]))] * count
-        prompt = ids[:1] + [IMAGE_TOKEN] * count + ids[1:]         # as cost.operations counts it
+        prompt = [IMAGE_TOKEN] * count + ids                       # as cost.operations counts it
         rows = [(system, visual, count, []) for system in systems]
         for _ in tqdm(range(args.runs + 1), desc=f"{count} x {visual}", leave=False, disable=None):
             for system, *_, runs in rows:
