@@ -22,7 +22,8 @@ def measure(system: System, ids: list[int], images: list, tokens: int) -> dict:
     for _ in system.generate(ids, images, max_new_tokens=tokens):
         times.append(now("cpu") - begin)
     visual = sum(len(patches) for patches, _ in images)
-    keys = [k for k in system.spare_cache.k_visual if len(k)]   # a path may leave layers and heads out
+    # a path may leave out layers and heads
+    keys = [k for k in system.spare_cache.k_visual if len(k)]
     return {"ms": times, "visual_keys": visual * sum(k.shape[1] for k in keys)}
 
 
@@ -44,7 +45,7 @@ def main(argv: list[str]):
     a = torch.empty(2 ** 28 if args.device == "cpu" else 2 ** 31, dtype=torch.uint8,
                     device=args.device)
     b = torch.empty_like(a)
-    rate = 2 * len(a) / best_ms(lambda: b.copy_(a), args.device)       # bytes read and written, a ms
+    rate = 2 * len(a) / best_ms(lambda: b.copy_(a), args.device)   # bytes read and written, a ms
     lengths = [n for n in LENGTHS if n < args.tokens] + [args.tokens]
     for system, visual, images, runs in systems.rounds(
             models, args, lambda *question: measure(*question, args.tokens)):
@@ -58,8 +59,8 @@ def main(argv: list[str]):
     print(systems.heading(args, f"whole answers after {args.text} text tokens, pictures read anew; "
                                 f"tokens/s, medians of {args.runs}"))
     base = OLD if any(system.name == OLD for system in models) else "llava"
-    print(f"In brackets: times as fast as {base}. A copy moves {rate / 1e6:.0f} GB/s: the floor of a "
-          "step.\n")
+    print(f"In brackets: times as fast as {base}. A copy moves {rate / 1e6:.0f} GB/s: the floor of "
+          "a step.\n")
     head = ["visual", "system", *(f"{n} tokens" for n in lengths), "ms a step", "of copy rate"]
     print(table(head, [cells(row, beside(row, rows, base) or row, rate) for row in rows]))
     systems.save("decode", args, rows, series, f"answers about {rows[-1]['case']} visual tokens",

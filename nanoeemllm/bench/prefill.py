@@ -58,7 +58,7 @@ def main(argv: list[str]):
         rows.append(row)
         series.setdefault(system.name, []).append((visual * images, row["total"]))
     print(systems.heading(args, f"prefill, {args.text} text tokens; ms, medians of {args.runs}"))
-    print(f"A large matrix product runs at {rate / 1e9:.2f}e12 operations/s: the floor of prefill.\n")
+    print(f"A large matrix product runs at {rate / 1e9:.2f}e12 operations/s: prefill's floor.\n")
     print(table(HEAD, [cells(row, beside(row, rows, "llava"), rate) for row in rows]))
     systems.save("prefill", args, rows, series, "first token, ms", "visual tokens", "ms")
 

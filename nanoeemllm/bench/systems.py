@@ -94,7 +94,7 @@ def scores_in_memory(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
     k, v = (torch.cat(kind).repeat_interleave(group, 1).transpose(0, 1)
             for kind in (keys[::2], keys[1::2]))
     mask = visible(sees, slice(None), len(keys.k_visual), len(keys.k_text))
-    scores = q.transpose(0, 1) @ k.transpose(1, 2) * q.shape[-1] ** -0.5         # (H, queries, keys)
+    scores = q.transpose(0, 1) @ k.transpose(1, 2) * q.shape[-1] ** -0.5    # (H, queries, keys)
     scores = scores.masked_fill(~mask, torch.finfo(q.dtype).min)
     return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).transpose(0, 1)
 

@@ -47,7 +47,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--samples", type=positive(int), default=8, help="a step and micro-batch (8)")
     add("--steps", type=positive(int), default=10, help="timed, after two that are not (10)")
     add("--checkpoint-activations", action="store_true")
-    add("--compile", action="store_true")
     add("--device")
     add_flags(parser)
     return parser.parse_args(argv)
@@ -64,7 +63,8 @@ def main(argv: list[str]):
     for name in names:
         if name not in paths:
             raise UserError(f"--paths {name}: with --visual-path known are {', '.join(paths)}")
-    print(f"{args.preset}, {args.samples} samples of {args.text} text tokens a step")
+    print(f"{args.preset}, {args.samples} samples of {args.text} text tokens a step"
+          + ", activations checkpointed" * args.checkpoint_activations)
     print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|")
     for stage, visual in itertools.product(args.stages, args.visual):
         first = None
@@ -87,9 +87,6 @@ def measure(args: argparse.Namespace, stage: str, path: VisualPath, side: int) -
             model = EEMLLM(config)
         freeze(model, stage)
         model.decoder.checkpoint_activations = args.checkpoint_activations
-        if args.compile:
-            for layer in model.decoder.layers:
-                layer.compile(dynamic=True)
         shard_model(model, group)
         initialize(model)
         params = trained_parameters(model)
