@@ -12,6 +12,7 @@ Stop it when you like: the same command goes on. --draw prints what there is and
 import contextlib
 import fcntl
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -40,30 +41,6 @@ from nanoeemllm.training import cost
 from nanoeemllm.training.initialize import initialize
 from nanoeemllm.weights.folder import load
 
-# A table's rows -> what follows --visual-path; then, where it is another one, the visual path that
-# reads the trained weights when they are scored.
-PATHS = {
-    "llava": ("llava",),
-    "eemllm": ("eemllm",),
-    "naavit": ("naavit",),
-    "saisa": ("saisa",),
-    "yopo": ("yopo --last-visual-layer 2",),
-    "flamingo": ("flamingo --every 1",),
-    "eemllm-f": ("llava", "eemllm-f --composite-layers 1,2"),
-}
-ALIGNERS = {
-    "none": "eemllm --aligner=",
-    "V O": "eemllm --aligner=vo",
-    "V FFN": "eemllm --aligner=vf",
-    "O FFN": "eemllm --aligner=of",
-    "V O FFN": "eemllm",
-}
-COMPOSITE = {
-    "0 of 3 layers": ("llava",),
-    "1 of 3 layers": ("llava", "eemllm-f --composite-layers 2"),
-    "2 of 3 layers": ("llava", "eemllm-f --composite-layers 1,2"),
-    "3 of 3 layers": ("llava", "eemllm-f --composite-layers 0,1,2"),
-}
 STEPS = {"pretrain": 300, "finetune": 800}
 BATCH, QUESTIONS = 16, 700
 SETTINGS = {"steps": [*STEPS.values()], "batch_size": BATCH, "questions": QUESTIONS}
@@ -73,8 +50,8 @@ SCRIPT = ASSETS.parents[1] / "train.py"
 
 class Run(NamedTuple):
     """A model that is trained, and how it is scored."""
-    path: str
-    scored_path: str = ""           # "": as trained
+    path: str                       # what follows --visual-path
+    scored_path: str = ""           # another one that reads the trained weights; "": as trained
     size: int = 64                  # pixels a side
     scored_size: int = 0            # 0: as trained
     share: float = 1.0              # of the training steps; no pair is seen twice
@@ -82,66 +59,80 @@ class Run(NamedTuple):
 
     @property
     def folder(self) -> str:
-        path = self.path.replace("--", "").replace(" ", "_")
-        share = f"_{self.share:g}" if self.share != 1 else ""
-        return f"{path}_{self.size}px_seed{self.seed}{share}"
+        name = f"{self.path}_{self.size}px_seed{self.seed}".replace("--", "").replace(" ", "_")
+        return name if self.share == 1 else f"{name}_{self.share:g}"
 
     @property
     def name(self) -> str:
         """In the results file."""
-        path = self.scored_path.replace("--composite-layers ", "").replace(",", "-")
-        size = f" at {self.scored_size}px" if self.scored_size else ""
-        return self.folder + (f" as {path}" if path else "") + size
+        name = self.folder
+        if self.scored_path:
+            name += " as " + self.scored_path.replace("--composite-layers ", "").replace(",", "-")
+        return name + (f" at {self.scored_size}px" if self.scored_size else "")
 
 
-def _tables() -> dict[str, dict[tuple[str, str], Run]]:
-    """table -> (row, column) -> the run, of seed 0, that gives its accuracy"""
-    systems, aligner, composite, data = {}, {}, {}, {}
-    for size, column in ((64, "64 visual tokens"), (128, "256 visual tokens")):
-        for row, path in PATHS.items():
-            systems[row, column] = Run(*path)._replace(size=size)
-    for row, path in ALIGNERS.items():
-        aligner[row, "64 visual tokens, as trained"] = Run(path)
-        aligner[row, "256, not trained"] = Run(path, scored_size=128)
-    for row, path in COMPOSITE.items():
-        composite[row, "64 visual tokens"] = Run(*path)
-    for share in (0.125, 0.25, 0.5, 1.0):
-        for column in ("eemllm", "flamingo"):
-            data[f"{share:g} of the pairs", column] = Run(*PATHS[column], share=share)
-    return {"paths": systems, "aligner": aligner, "composite": composite, "data": data}
-
-
-TABLES = _tables()
+PATHS = {
+    "llava": {"path": "llava"},
+    "eemllm": {"path": "eemllm"},
+    "naavit": {"path": "naavit"},
+    "saisa": {"path": "saisa"},
+    "yopo": {"path": "yopo --last-visual-layer 2"},
+    "flamingo": {"path": "flamingo --every 1"},
+    "eemllm-f": {"path": "llava", "scored_path": "eemllm-f --composite-layers 1,2"},
+}
+ALIGNERS = {
+    "none": {"path": "eemllm --aligner="},
+    "V O": {"path": "eemllm --aligner=vo"},
+    "V FFN": {"path": "eemllm --aligner=vf"},
+    "O FFN": {"path": "eemllm --aligner=of"},
+    "V O FFN": {"path": "eemllm"},
+}
+COMPOSITE = {
+    "0 of 3 layers": {"path": "llava"},
+    "1 of 3 layers": {"path": "llava", "scored_path": "eemllm-f --composite-layers 2"},
+    "2 of 3 layers": {"path": "llava", "scored_path": "eemllm-f --composite-layers 1,2"},
+    "3 of 3 layers": {"path": "llava", "scored_path": "eemllm-f --composite-layers 0,1,2"},
+}
+SHARES = {f"{share:g} of the pairs": {"share": share} for share in (0.125, 0.25, 0.5, 1.0)}
+ROWS_AND_COLUMNS = {
+    "paths": (PATHS, {"64 visual tokens": {}, "256 visual tokens": {"size": 128}}),
+    "aligner": (ALIGNERS, {"64 visual tokens, as trained": {},
+                           "256, not trained": {"scored_size": 128}}),
+    "composite": (COMPOSITE, {"64 visual tokens": {}}),
+    "data": (SHARES, {name: PATHS[name] for name in ("eemllm", "flamingo")}),
+}
+# table -> (row, column) -> the run, of seed 0, that gives its accuracy
+TABLES = {}
+for _table, (_rows, _columns) in ROWS_AND_COLUMNS.items():
+    _places = itertools.product(_rows, _columns)
+    TABLES[_table] = {(r, c): Run(**_rows[r], **_columns[c]) for r, c in _places}
 
 
 # ---- training and scoring ----
 
 def train(run: Run, folder: Path) -> Path:
     """Both stages, by train.py, from backbones of the same image size. Returns the model folder.
-
-    Raises KeyboardInterrupt when it was stopped; the next time it goes on from its checkpoint.
-    """
+    Stopped by Ctrl-C, it goes on from train.py's checkpoint the next time."""
     out, model = folder / run.folder, folder / f"backbone-{run.size}"
     with locked(folder):
         make_backbones(model, WorldConfig(run.size))
     with locked(out) as lock:
         for stage, steps in STEPS.items():
-            command = f"--stage {stage} --resume --device cpu --seed {run.seed}"
-            command += f" --picture-size {run.size} --batch-size {BATCH}"
-            command += f" --steps {max(1, round(steps * run.share))} --visual-path {run.path}"
-            command = [sys.executable, SCRIPT, "--init", model, "--out", out, *command.split()]
-            # The child has the lock as well, in case that this process is killed before it.
-            child, stopped = subprocess.Popen(command, pass_fds=[lock]), False
-            while child.poll() is None:
-                try:
-                    child.wait()
-                except KeyboardInterrupt:       # the child gets it, too, and writes a checkpoint
-                    stopped = True
+            steps = max(1, round(steps * run.share))
+            flags = (f"--stage {stage} --resume --device cpu --seed {run.seed} --batch-size {BATCH} "
+                     f"--picture-size {run.size} --steps {steps} --visual-path {run.path}")
+            command = [sys.executable, SCRIPT, "--init", model, "--out", out, *flags.split()]
+            # The child has the lock as well, in case that this process ends before it.
+            child = subprocess.Popen(command, pass_fds=[lock])
+            try:
+                child.wait()
+            except KeyboardInterrupt:           # the child gets it, too, and writes a checkpoint
+                child.wait()
+                raise
             model = out / stage
-            if stopped or child.returncode == 0 and not (model / "config.json").exists():
-                raise KeyboardInterrupt
-            if child.returncode:
-                raise UserError(f"{run.folder}: train.py ended with exit code {child.returncode}")
+            if child.returncode or not (model / "config.json").exists():
+                raise UserError(f"{run.folder}: train.py ended with exit code {child.returncode} "
+                                "before the end of the stage; the same command goes on")
     return model
 
 
@@ -210,14 +201,14 @@ def operations(run: Run) -> float:
 def time_prefills(runs: dict[str, Run], turns: int = 50) -> dict[str, float]:
     """Milliseconds from an image and a question to the first token's logits, with random weights:
     the median of `turns`. Runs take turns, so that other work on the machine slows all alike."""
-    models, times = {}, {place: [] for place in runs}
+    prompts, times = {}, {place: [] for place in runs}
     for place, run in runs.items():
         config, tokenizer, ids, image = first_question(run)
         model = EEMLLM(config, tokenizer)
         initialize(model)
-        models[place] = model, ids, image
+        prompts[place] = model, ids, image
     for _ in range(turns + 2):
-        for place, (model, ids, image) in models.items():
+        for place, (model, ids, image) in prompts.items():
             start = time.perf_counter()
             model.logits(ids, [image])
             times[place].append(1000 * (time.perf_counter() - start))
@@ -237,22 +228,37 @@ def read_results(file: Path) -> dict:
     try:
         numbers = [run["accuracy"] for run in data["runs"].values()]
         numbers += data["prefill_ms"].values()
-        good = all(type(x) in (int, float) and 0 <= x < 1e9 for x in numbers)       # NaN is not
     except (KeyError, TypeError, AttributeError):
-        good = False
-    if not good:
+        numbers = [None]
+    if not all(type(x) in (int, float) and 0 <= x < 1e9 for x in numbers):
         raise UserError(f"{file}: each of runs must have an accuracy and each of prefill_ms be a "
                         "time, as numbers: mend it, or give another --results")
     return data
 
 
-def add_results(file: Path, part: str = "runs", found: dict = {}) -> dict:
+def add_results(file: Path, part: str, found: dict) -> dict:
     """Adds to what other commands may have added meanwhile; returns all there is."""
     with locked(file.parent):
         data = read_results(file)
         data[part] |= found
         write_aside(file, json.dumps(data, indent=1).encode())
     return data
+
+
+def run_missing(tables: list[str], seeds: int, out: Path, file: Path):
+    results = add_results(file, "runs", {})     # refuses a file that cannot be written before work
+    for seed, table in itertools.product(range(seeds), tables):
+        for run in TABLES[table].values():
+            run = run._replace(seed=seed)
+            if run.name not in results["runs"]:
+                print(f"\n{run.name}", flush=True)
+                accuracy = score(run, train(run, out))
+                results = add_results(file, "runs", {run.name: {"accuracy": accuracy}})
+    if "paths" in tables:
+        untimed = {", ".join(place): run for place, run in TABLES["paths"].items()}
+        for place in results["prefill_ms"]:
+            untimed.pop(place, None)
+        add_results(file, "prefill_ms", time_prefills(untimed))
 
 
 # ---- tables ----
@@ -264,22 +270,22 @@ def accuracies(results: dict, run: Run, seeds: int) -> list[float]:
 
 def draw(table: str, results: dict, seeds: int) -> list[str]:
     """Lines of Markdown; accuracy as mean and half the range."""
-    runs = TABLES[table]
-    costs = " | operations : llava | prefill, ms" if table == "paths" else ""
-    columns = dict.fromkeys(column for _, column in runs)
-    header = "| | " + " | ".join(f"{column}: accuracy{costs}" for column in columns) + " |"
-    lines = {row: f"| {row} |" for row, _ in runs}
-    for (row, column), run in runs.items():
+    header, rows = {"": ""}, {}
+    for (row, column), run in TABLES[table].items():
         found = accuracies(results, run, seeds)
-        cell = f" {statistics.mean(found):.1f}" if found else " not run"
+        cell = f"{statistics.mean(found):.1f}" if found else "not run"
         if len(found) > 1:
             cell += f" ± {(max(found) - min(found)) / 2:.1f}"
-        if costs:
+        header[column] = f"{column}: accuracy"
+        if table == "paths":
+            header[column] += " | operations : llava | prefill, ms"
+            share = operations(run) / operations(TABLES["paths"]["llava", column])
             ms = results["prefill_ms"].get(f"{row}, {column}")
-            cell += f" | {operations(run) / operations(runs['llava', column]):.2f} | "
-            cell += f"{ms:.1f}" if ms else "not run"
-        lines[row] += cell + " |"
-    return [header, "|---" * (header.count("|") - 1) + "|", *lines.values()]
+            cell += f" | {share:.2f} | " + (f"{ms:.1f}" if ms else "not run")
+        rows.setdefault(row, [row]).append(cell)
+    first = " | ".join(header.values())
+    rule = " | ".join(["---"] * len(first.split(" | ")))
+    return [f"| {line} |" for line in (first, rule, *map(" | ".join, rows.values()))]
 
 
 def plot(results: dict, seeds: int, file: Path):
@@ -304,35 +310,17 @@ def main(argv: list[str] | None = None):
     add("--seeds", type=positive(int), default=3, help="(3)")
     add("--draw", action="store_true", help="print what there is, train nothing")
     args = parser.parse_args(argv)
-    tables = TABLES if args.table == "all" else (args.table,)
+    tables = [*TABLES] if args.table == "all" else [args.table]
+    try:
+        if not args.draw:
+            run_missing(tables, args.seeds, args.out, args.results)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on")
     results = read_results(args.results)
-    if not args.draw:
-        try:
-            run_missing(tables, args)
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on")
-        results = read_results(args.results)
     for table in tables:
         print(f"\n{table}\n", *draw(table, results, args.seeds), sep="\n")
     if "paths" in tables:
         plot(results, args.seeds, args.results.with_suffix(".png"))
-
-
-def run_missing(tables, args):
-    results = add_results(args.results)         # refuses a file that cannot be written before work
-    for seed in range(args.seeds):
-        for run in [run for table in tables for run in TABLES[table].values()]:
-            run = run._replace(seed=seed)
-            if run.name not in results["runs"]:
-                print(f"\n{run.name}", flush=True)
-                found = {run.name: {"accuracy": score(run, train(run, args.out))}}
-                results = add_results(args.results, "runs", found)
-    if "paths" in tables:
-        missing = {}
-        for place, run in TABLES["paths"].items():
-            if ", ".join(place) not in results["prefill_ms"]:
-                missing[", ".join(place)] = run
-        add_results(args.results, "prefill_ms", time_prefills(missing))
 
 
 if __name__ == "__main__":
