@@ -11,10 +11,7 @@ is and where. An empty patch says "nothing" and not its place: when it did, the 
 "where is the cat?" by ruling out the empty places, and hardly ever learned to look for the cat.
 """
 
-import multiprocessing
 import random
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,13 +58,9 @@ def make_backbones(folder: Path, world: WorldConfig, force: bool = False):
     torch.manual_seed(world.seed)
     model = EEMLLM(config)
     initialize(model)
-    state = model.state_dict()
-    spawn = multiprocessing.get_context("spawn")    # a fork would copy PyTorch's threads half-dead
-    with ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,)) as pool:
-        parts = [pool.submit(train, world, config) for train in (train_encoder, train_language)]
-        for part in parts:
-            state |= {name: torch.from_numpy(x) for name, x in part.result().items()}
-    save(state, config, tiny_tokenizer(config), folder)
+    model.vision.load_state_dict(train_encoder(world, config))
+    model.decoder.load_state_dict(train_language(world, config))
+    save(model.state_dict(), config, tiny_tokenizer(config), folder)
 
 
 def tiny_config(world: WorldConfig) -> ModelConfig:
@@ -85,7 +78,7 @@ def tiny_tokenizer(config: ModelConfig) -> Tokenizer:
 # ---- the encoder ----
 
 def train_encoder(world: WorldConfig, config: ModelConfig) -> dict:
-    """The model's weights "vision.*". The words' vectors are thrown away."""
+    """The encoder's weights. The words' vectors are thrown away."""
     torch.manual_seed(world.seed)
     side = config.vision.grid_size
     vision = VisionTransformer(config.vision)
@@ -105,26 +98,24 @@ def train_encoder(world: WorldConfig, config: ModelConfig) -> dict:
         return 3 * losses / weight.sum()
 
     optimize(nn.ModuleList([vision, learned]), loss, ENCODER)
-    return as_numpy(vision, "vision.")
+    return vision.state_dict()
 
 
 def true_words(scene: list[Thing], side: int) -> Tensor:
-    """(side * side, words), 0 or 1: shape, colour and place of the thing in whose place a patch
-    lies, or "nothing"."""
-    places = torch.zeros(len(PLACES), len(WORDS))
-    places[:, -1] = 1
+    """(side * side, words), 0 or 1: shape, colour and place of the thing in whose place a patch's
+    middle lies, or "nothing"."""
+    truth = torch.zeros(len(WORDS), 3, 3)
+    truth[-1] = 1
     for thing in scene:
         words = (thing.shape, thing.colour, PLACES[thing.place])
-        places[thing.place, [WORDS.index(word) for word in words]] = 1
-        places[thing.place, -1] = 0
-    third = (2 * torch.arange(side) + 1) * 3 // (2 * side)      # 0, 1 or 2, by the patch's middle
-    return places[(third[:, None] * 3 + third).flatten()]
+        truth[:, thing.place // 3, thing.place % 3] = torch.tensor([float(w in words) for w in WORDS])
+    return F.interpolate(truth[None], (side, side), mode="nearest-exact")[0].flatten(1).T
 
 
 # ---- the language model ----
 
 def train_language(world: WorldConfig, config: ModelConfig) -> dict:
-    """The model's weights "decoder.*"."""
+    """The decoder's weights, but for what a visual path adds to them."""
     torch.manual_seed(world.seed)
     tokenizer = tiny_tokenizer(config)
     model = EEMLLM(replace(config, vision=None))
@@ -139,7 +130,7 @@ def train_language(world: WorldConfig, config: ModelConfig) -> dict:
         return model(batch) / len(batch.targets)
 
     optimize(model, loss, LANGUAGE)
-    return as_numpy(model.decoder, "decoder.")
+    return model.decoder.state_dict()
 
 
 @torch.no_grad()
@@ -172,11 +163,11 @@ def document(world: WorldConfig, index: int, tokenizer: Tokenizer, config: Model
 
 # ---- both ----
 
-def optimize(model: nn.Module, loss_of: Callable[[range], Tensor], config: TrainConfig):
+def optimize(model: nn.Module, loss_of, config: TrainConfig):
+    """loss_of: a range of indices of training samples -> their mean loss"""
     params = dict(model.named_parameters())
     optimizer = make_optimizer(params, config)
-    line = 0 if config is ENCODER else 1        # of the progress bar: the two run side by side
-    for step in tqdm(range(config.steps), config.stage, position=line, disable=None):
+    for step in tqdm(range(config.steps), config.stage, disable=None):
         first = step * config.batch_size
         loss_of(range(first, first + config.batch_size)).backward()
         nn.utils.clip_grad_norm_(params.values(), config.clip)
@@ -184,8 +175,3 @@ def optimize(model: nn.Module, loss_of: Callable[[range], Tensor], config: Train
             group["lr"] = learning_rate(config, step)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def as_numpy(module: nn.Module, prefix: str) -> dict:
-    """Arrays travel between processes without shared memory."""
-    return {prefix + name: x.numpy() for name, x in module.state_dict().items()}

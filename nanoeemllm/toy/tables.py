@@ -58,14 +58,12 @@ class Run(NamedTuple):
     seed: int = 0
 
     @property
-    def folder(self) -> str:
-        name = f"{self.path}_{self.size}px_seed{self.seed}".replace("--", "").replace(" ", "_")
-        return name if self.share == 1 else f"{name}_{self.share:g}"
-
-    @property
     def name(self) -> str:
-        """In the results file."""
-        name = self.folder
+        """In the results file. The first word names the folder of the trained model."""
+        path = self.path.replace("--", "").replace(" ", "_")
+        name = f"{path}_{self.size}px_seed{self.seed}"
+        if self.share != 1:
+            name += f"_{self.share:g}"
         if self.scored_path:
             name += " as " + self.scored_path.replace("--composite-layers ", "").replace(",", "-")
         return name + (f" at {self.scored_size}px" if self.scored_size else "")
@@ -94,18 +92,21 @@ COMPOSITE = {
     "3 of 3 layers": {"path": "llava", "scored_path": "eemllm-f --composite-layers 0,1,2"},
 }
 SHARES = {f"{share:g} of the pairs": {"share": share} for share in (0.125, 0.25, 0.5, 1.0)}
-ROWS_AND_COLUMNS = {
-    "paths": (PATHS, {"64 visual tokens": {}, "256 visual tokens": {"size": 128}}),
-    "aligner": (ALIGNERS, {"64 visual tokens, as trained": {},
-                           "256, not trained": {"scored_size": 128}}),
-    "composite": (COMPOSITE, {"64 visual tokens": {}}),
-    "data": (SHARES, {name: PATHS[name] for name in ("eemllm", "flamingo")}),
+
+
+def runs_of(rows: dict, columns: dict) -> dict:
+    """(row, column) -> the run, of seed 0, with the settings of both"""
+    places = itertools.product(rows, columns)
+    return {(row, column): Run(**rows[row], **columns[column]) for row, column in places}
+
+
+TABLES = {
+    "paths": runs_of(PATHS, {"64 visual tokens": {}, "256 visual tokens": {"size": 128}}),
+    "aligner": runs_of(ALIGNERS, {"64 visual tokens, as trained": {},
+                                  "256, not trained": {"scored_size": 128}}),
+    "composite": runs_of(COMPOSITE, {"64 visual tokens": {}}),
+    "data": runs_of(SHARES, {"eemllm": PATHS["eemllm"], "flamingo": PATHS["flamingo"]}),
 }
-# table -> (row, column) -> the run, of seed 0, that gives its accuracy
-TABLES = {}
-for _table, (_rows, _columns) in ROWS_AND_COLUMNS.items():
-    _places = itertools.product(_rows, _columns)
-    TABLES[_table] = {(r, c): Run(**_rows[r], **_columns[c]) for r, c in _places}
 
 
 # ---- training and scoring ----
@@ -113,14 +114,14 @@ for _table, (_rows, _columns) in ROWS_AND_COLUMNS.items():
 def train(run: Run, folder: Path) -> Path:
     """Both stages, by train.py, from backbones of the same image size. Returns the model folder.
     Stopped by Ctrl-C, it goes on from train.py's checkpoint the next time."""
-    out, model = folder / run.folder, folder / f"backbone-{run.size}"
+    out, model = folder / run.name.split()[0], folder / f"backbone-{run.size}"
     with locked(folder):
         make_backbones(model, WorldConfig(run.size))
     with locked(out) as lock:
         for stage, steps in STEPS.items():
-            steps = max(1, round(steps * run.share))
             flags = (f"--stage {stage} --resume --device cpu --seed {run.seed} --batch-size {BATCH} "
-                     f"--picture-size {run.size} --steps {steps} --visual-path {run.path}")
+                     f"--steps {max(1, round(steps * run.share))} --picture-size {run.size} "
+                     f"--visual-path {run.path}")
             command = [sys.executable, SCRIPT, "--init", model, "--out", out, *flags.split()]
             # The child has the lock as well, in case that this process ends before it.
             child = subprocess.Popen(command, pass_fds=[lock])
@@ -131,8 +132,8 @@ def train(run: Run, folder: Path) -> Path:
                 raise
             model = out / stage
             if child.returncode or not (model / "config.json").exists():
-                raise UserError(f"{run.folder}: train.py ended with exit code {child.returncode} "
-                                "before the end of the stage; the same command goes on")
+                raise UserError(f"{out}: train.py ended with exit code {child.returncode} before "
+                                f"the end of {stage}; the same command goes on")
     return model
 
 
@@ -151,6 +152,14 @@ def locked(folder: Path):
         os.close(lock)
 
 
+def visual_path_of(run: Run):
+    parser = Parser("")
+    paths.add_flags(parser)
+    flags = run.scored_path or run.path
+    args = parser.parse_args(["--visual-path", *flags.split()])
+    return paths.from_args(args, PRESETS["tiny"])
+
+
 def score(run: Run, folder: Path) -> float:
     """Exact match on held-out scenes, in percent."""
     model = load(folder, "cpu", visual_path=visual_path_of(run)).eval()
@@ -160,55 +169,46 @@ def score(run: Run, folder: Path) -> float:
     return evaluate_rows(model, rows)["overall"]["accuracy"]
 
 
-def visual_path_of(run: Run):
-    parser = Parser("")
-    paths.add_flags(parser)
-    flags = run.scored_path or run.path
-    args = parser.parse_args(["--visual-path", *flags.split()])
-    return paths.from_args(args, PRESETS["tiny"])
-
-
 def stretch(model: EEMLLM, size: int):
     """Interpolates the position table for larger images, as is usual where none was trained."""
-    table, side = model.vision.position_embedding, model.config.vision.grid_size
-    vision = replace(model.config.vision, image_size=size, min_image_size=size)
-    grid = table.weight.T.unflatten(1, (side, side))[None]                      # (1, C, side, side)
-    grid = F.interpolate(grid, (vision.grid_size, vision.grid_size), mode="bicubic")
-    table.weight = torch.nn.Parameter(grid[0].flatten(1).T.contiguous())
-    model.vision.config, model.config = vision, replace(model.config, vision=vision)
+    table, old = model.vision.position_embedding, model.config.vision
+    new = replace(old, image_size=size, min_image_size=size)
+    grid = table.weight.T.unflatten(1, (old.grid_size, old.grid_size))          # (C, side, side)
+    grid = F.interpolate(grid[None], (new.grid_size, new.grid_size), mode="bicubic")[0]
+    table.weight = torch.nn.Parameter(grid.flatten(1).T.contiguous())
+    model.vision.config = new
+    model.config = replace(model.config, vision=new)
 
 
 # ---- costs ----
 
 def first_question(run: Run):
-    """(config, tokenizer, ids, image) of a prefill under the run's visual path"""
+    """(a model with random weights, ids, image): the prefill that is counted and timed"""
     world = WorldConfig(run.size)
     config = replace(tiny_config(world), visual_path=visual_path_of(run))
-    tokenizer, row = tiny_tokenizer(config), exam(world, "held-out", 1)[0]
-    ids = encode_prompt(tokenizer, "<image>\n" + row["question"], config.chat_template)
-    return config, tokenizer, ids, row["image"]
+    model = EEMLLM(config, tiny_tokenizer(config))
+    initialize(model)
+    row = exam(world, "held-out", 1)[0]
+    ids = encode_prompt(model.tokenizer, "<image>\n" + row["question"], config.chat_template)
+    return model, ids, row["image"]
 
 
 @functools.cache
 def operations(run: Run) -> float:
-    """Of the language model, in a prefill of one question; attention's as the papers count it."""
-    config, _, ids, _ = first_question(run)
-    sample = (len(ids) - 1, [config.vision.grid_size ** 2])   # less the image
-    return cost.operations(config, [sample], rectangles=True)[0]
+    """Of the language model; attention's as the papers count it."""
+    model, ids, _ = first_question(run)
+    sample = (len(ids) - 1, [model.config.vision.grid_size ** 2])   # less the image
+    return cost.operations(model.config, [sample], rectangles=True)[0]
 
 
 @torch.inference_mode()
-def time_prefills(runs: dict[str, Run], turns: int = 50) -> dict[str, float]:
-    """Milliseconds from an image and a question to the first token's logits, with random weights:
-    the median of `turns`. Runs take turns, so that other work on the machine slows all alike."""
-    prompts, times = {}, {place: [] for place in runs}
-    for place, run in runs.items():
-        config, tokenizer, ids, image = first_question(run)
-        model = EEMLLM(config, tokenizer)
-        initialize(model)
-        prompts[place] = model, ids, image
+def time_prefills(runs: dict, turns: int = 50) -> dict:
+    """Milliseconds from an image and a question to the first token's logits: the median of `turns`.
+    Runs take turns, so that other work on the machine slows all alike."""
+    questions = {place: first_question(run) for place, run in runs.items()}
+    times = {place: [] for place in runs}
     for _ in range(turns + 2):
-        for place, (model, ids, image) in prompts.items():
+        for place, (model, ids, image) in questions.items():
             start = time.perf_counter()
             model.logits(ids, [image])
             times[place].append(1000 * (time.perf_counter() - start))
@@ -222,17 +222,15 @@ def read_results(file: Path) -> dict:
     if not file.exists():
         return {"settings": SETTINGS, "runs": {}, "prefill_ms": {}}
     data = read_json(file)
-    if data.get("settings") != SETTINGS:
-        raise UserError(f"{file} holds results of {data.get('settings')}, not {SETTINGS}: "
-                        "give another --results")
     try:
         numbers = [run["accuracy"] for run in data["runs"].values()]
         numbers += data["prefill_ms"].values()
+        good = all(type(x) in (int, float) and 0 <= x < 1e9 for x in numbers)
     except (KeyError, TypeError, AttributeError):
-        numbers = [None]
-    if not all(type(x) in (int, float) and 0 <= x < 1e9 for x in numbers):
-        raise UserError(f"{file}: each of runs must have an accuracy and each of prefill_ms be a "
-                        "time, as numbers: mend it, or give another --results")
+        good = False
+    if not good or data.get("settings") != SETTINGS:
+        raise UserError(f"{file} does not hold accuracies and times, as numbers, of {SETTINGS}: "
+                        "give another --results")
     return data
 
 
@@ -245,7 +243,7 @@ def add_results(file: Path, part: str, found: dict) -> dict:
     return data
 
 
-def run_missing(tables: list[str], seeds: int, out: Path, file: Path):
+def run_missing(tables: list, seeds: int, out: Path, file: Path):
     results = add_results(file, "runs", {})     # refuses a file that cannot be written before work
     for seed, table in itertools.product(range(seeds), tables):
         for run in TABLES[table].values():
@@ -263,29 +261,28 @@ def run_missing(tables: list[str], seeds: int, out: Path, file: Path):
 
 # ---- tables ----
 
-def accuracies(results: dict, run: Run, seeds: int) -> list[float]:
-    names = [run._replace(seed=seed).name for seed in range(seeds)]
-    return [results["runs"][name]["accuracy"] for name in names if name in results["runs"]]
+def accuracies(results: dict, run: Run, seeds: int) -> list:
+    found = (results["runs"].get(run._replace(seed=seed).name) for seed in range(seeds))
+    return [scored["accuracy"] for scored in found if scored]
 
 
-def draw(table: str, results: dict, seeds: int) -> list[str]:
+def draw(table: str, results: dict, seeds: int) -> list:
     """Lines of Markdown; accuracy as mean and half the range."""
-    header, rows = {"": ""}, {}
+    columns, lines = {}, {}
     for (row, column), run in TABLES[table].items():
         found = accuracies(results, run, seeds)
-        cell = f"{statistics.mean(found):.1f}" if found else "not run"
+        cells = f"{statistics.mean(found):.1f}" if found else "not run"
         if len(found) > 1:
-            cell += f" ± {(max(found) - min(found)) / 2:.1f}"
-        header[column] = f"{column}: accuracy"
+            cells += f" ± {(max(found) - min(found)) / 2:.1f}"
+        columns[column] = f"{column}: accuracy"
         if table == "paths":
-            header[column] += " | operations : llava | prefill, ms"
             share = operations(run) / operations(TABLES["paths"]["llava", column])
             ms = results["prefill_ms"].get(f"{row}, {column}")
-            cell += f" | {share:.2f} | " + (f"{ms:.1f}" if ms else "not run")
-        rows.setdefault(row, [row]).append(cell)
-    first = " | ".join(header.values())
-    rule = " | ".join(["---"] * len(first.split(" | ")))
-    return [f"| {line} |" for line in (first, rule, *map(" | ".join, rows.values()))]
+            cells += f" | {share:.2f} | " + (f"{ms:.1f}" if ms else "not run")
+            columns[column] += " | operations : llava | prefill, ms"
+        lines[row] = lines.get(row, f"| {row} |") + f" {cells} |"
+    header = "| | " + " | ".join(columns.values()) + " |"
+    return [header, "|---" * (header.count("|") - 1) + "|", *lines.values()]
 
 
 def plot(results: dict, seeds: int, file: Path):
@@ -301,7 +298,7 @@ def plot(results: dict, seeds: int, file: Path):
                    x_label="10^6 operations of the language model in a prefill")
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list | None = None):
     parser = Parser(__doc__, "python -m nanoeemllm.toy.tables")
     add = parser.add_argument
     add("table", choices=(*TABLES, "all"))
