@@ -28,9 +28,10 @@ from nanoeemllm.config import UserError
 from nanoeemllm.data.images import load_image
 from nanoeemllm.evaluation.attention_map import draw_attention
 from nanoeemllm.evaluation.load import add_model_flags, load_model
-from nanoeemllm.generate import Sampling, stream_text
+from nanoeemllm.generate import Sampling
 from nanoeemllm.paths import from_args
 from nanoeemllm.prompt import IMAGE_TEXT, TEMPLATES, encode_prompt
+from nanoeemllm.weights.tokenizer import stream_text
 from nanoeemllm.weights.folder import read_config
 
 DEFAULT_PROMPT = "describe the picture thing by thing."     # the tiny world's; others know it too

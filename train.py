@@ -1,301 +1,300 @@
 """Trains EE-MLLM, stage by stage, as the paper does.
 
-    python train.py                        the tiny world, everything: backbones, pretrain, finetune, then a few answers
-    python train.py --stage pretrain       only the projector learns, from captions
-    python train.py --stage finetune       projector and language model learn, from conversations
+    python train.py                      the tiny world: backbones, both stages, a few answers
+    python train.py --stage pretrain     only the projector is trained, on captions
+    python train.py --stage finetune     projector and language model, on conversations
 
 The same on your data, LLaVA's JSON and a folder of pictures, on one GPU or many:
 
-    python train.py --stage pretrain --init weights/eemllm-7b --data blip_laion_cc_sbu_558k.json --images LLaVA-Pretrain
-    torchrun --nproc_per_node=8 train.py --stage finetune --init out/pretrain --data llava_v1_5_mix665k.json --images data
+    python train.py --stage pretrain --init weights/eemllm-7b --data blip_laion_cc_sbu_558k.json \\
+        --images LLaVA-Pretrain
+    torchrun --nproc_per_node=8 train.py --stage finetune --init out/pretrain \\
+        --data llava_v1_5_mix665k.json --images data
 
-Each stage leaves a model folder, out/backbone, out/pretrain, out/finetune, and beside it what the run saw
-(out/pretrain-run: run.json, metrics.jsonl, loss.png, checkpoints). Stop it when you like: --resume goes on, on another
-number of processes too. --dry-run tells beforehand what a stage needs and costs, --show-batch what it learns from.
+Each stage leaves a model folder, out/backbone, out/pretrain, out/finetune, and beside it the run's
+(out/pretrain-run: run.json, metrics.jsonl, loss.png, checkpoints). Stop it when you like: --resume
+goes on, on another number of processes too. --dry-run tells beforehand what a stage needs and
+costs, --show-batch what it trains on.
 """
 
 import argparse
 import dataclasses
-import errno
-import os
-import re
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
+import torch
+from tqdm import tqdm
 
-from nanoeemllm import ModelConfig, UserError, load
-from nanoeemllm.backbone import make_backbones, tiny_config, tiny_tokenizer
-from nanoeemllm.checkpoint import read_json
-from nanoeemllm.command_line import Parser, add_visual_path_flags, positive, run_command, visual_path_from
-from nanoeemllm.config import PRESETS
-from nanoeemllm.conversations import describe_problems
-from nanoeemllm.data import Loader, Mixture, Plan, count_tokens, encode_sample, open_mixture, token_cost
-from nanoeemllm.distributed import Group, join, save_model, spread
-from nanoeemllm.preview import Measure, forecast, show_batch
-from nanoeemllm.prompt import Tokenizer
-from nanoeemllm.run import Run
-from nanoeemllm.toy import ToyDataset, WorldConfig
-from nanoeemllm.training import OnOneProcess, Stopped, TrainConfig, freeze_for, train
-
-TINY = {  # the tiny world's settings
-    "pretrain": TrainConfig("pretrain", steps=300, batch_size=16, learning_rate=2e-3, betas=(0.9, 0.98)),
-    "finetune": TrainConfig("finetune", steps=1800, batch_size=16, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.98)),
-}
-PAPER = {  # LLaVA's and the paper's; an epoch of the data is so many steps
-    "pretrain": TrainConfig("pretrain", steps=0, batch_size=256, learning_rate=1e-3),
-    "finetune": TrainConfig("finetune", steps=0, batch_size=128, learning_rate=2e-5),
-}
-MICRO_BATCH_TOKENS = 8192    # a 7B model's activations of them take about 40 GB without --checkpoint-activations
+from nanoeemllm import UserError, load as load_model
+from nanoeemllm.toy.backbones import make_backbones, tiny_tokenizer
+from nanoeemllm.border.command import run_command
+from nanoeemllm.border.files import finish_replacement, quoted
+from nanoeemllm.data import Loader, Packed
+from nanoeemllm.model import EEMLLM
+from nanoeemllm.weights.tokenizer import Tokenizer
+from nanoeemllm.toy import WorldConfig
+from nanoeemllm.training.config import (TrainConfig, freeze, learning_rate, make_optimizer,
+                                        trained_parameters, training_state)
+from nanoeemllm.training.distributed import (ProcessGroup, init_distributed, reshard, save_model,
+                                             shard_model)
+from nanoeemllm.training.flags import parse_flags
+from nanoeemllm.training.forecast import forecast, seconds_of, show_batch
+from nanoeemllm.training.run_folder import RunFolder
+from nanoeemllm.training.stage_data import (MICRO_BATCH_TOKENS, assumed_size, average_size,
+                                            open_data, stage_config, start_config)
+from nanoeemllm.training.step import (OnOneProcess, Operations, StepMetrics, Stopped, memory_gb,
+                                      out_of_memory, peak_operations, scale_gradients, steps_of,
+                                      stop_signals)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--stage", choices=("all", "backbone", "pretrain", "finetune"), default="all")
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="where the stages' folders go (out)")
-    add("--init", type=Path, metavar="DIR", help="model folder to start from (the stage before's)")
-    add_visual_path_flags(parser)
-    add("--steps", type=positive(int), help="optimizer steps of the stage")
-    add("--batch-size", type=positive(int), help="samples a step, over all processes")
-    add("--lr", type=positive(float), help="highest learning rate")
-    add("--seed", type=positive(int, or_zero=True), default=0)
-    add("--checkpoint-every", type=positive(int), default=500, metavar="STEPS", help="(500)")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--force", action="store_true", help="train anew what --out holds already")
-    add("--device", help="cuda, mps or cpu (the first there is)")
-    add("--checkpoint-activations", action="store_true", help="less memory, a third more work")
-    add("--compile", action="store_true", help="compile the decoder's layers with torch.compile")
-    add("--show-batch", action="store_true", help="print the first packed batch as text, and end")
+# ---- the loop ----
 
-    data = parser.add_argument_group("your data").add_argument
-    data("--data", action="append", metavar="FILE[:WEIGHT]", help="LLaVA's JSON; several files are mixed by weight")
-    data("--images", metavar="DIR", help="the folder that the pictures' names are relative to")
-    data("--val-data", action="append", metavar="FILE", help="held-out conversations, measured at every checkpoint")
-    data("--epochs", type=positive(float), help="instead of --steps (1)")
-    data("--max-length", type=positive(int), help="tokens a sample; turns beyond are cut off (the model's context)")
-    data("--micro-batch-tokens", type=positive(int), metavar="N",
-         help=f"a micro-batch's, visual ones counted by what they cost ({MICRO_BATCH_TOKENS})")
-    data("--workers", type=positive(int, or_zero=True), metavar="N",
-         help="processes that prepare batches, for each process that trains (4, or the cores there are)")
-    data("--max-bad", type=positive(float, or_zero=True), default=0.01, metavar="PART",
-         help="samples that may be unusable (0.01)")
+def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, group: ProcessGroup,
+          held_out: Callable | None = None, checkpoint_every: int = 500, max_bad: float = 0.01,
+          ) -> bool:
+    """Trains a frozen and sharded model in place. load(first) gives the Loader of the steps from
+    `first` on, held_out() that of the held-out data, measured at every checkpoint. Returns whether
+    a signal came too late, in the last step.
 
-    dry = parser.add_argument_group("--dry-run").add_argument
-    dry("--dry-run", action="store_true", help="print what the stage needs and costs, and end")
-    dry("--gpus", type=positive(int), default=8, help="(8)")
-    dry("--mfu", type=positive(float), default=0.5, help="part of the GPUs' peak that is reached (0.5)")
-    dry("--preset", choices=PRESETS, help="a model that is not there yet; needs --assume")
-    dry("--assume", metavar="SAMPLES,TEXT,VISUAL", help="data that is not there yet: how many, and tokens of each")
+    The loss of a step is the mean cross entropy over the target tokens of the whole global batch,
+    however it is cut into micro-batches and dealt to processes: gradients of sums are added up, and
+    divided once by the number of tokens. Nothing here draws random numbers, and the learning rate
+    and the data are functions of the step's number, so a checkpoint needs no more than that to go
+    on as if the run had never stopped.
 
-    world = parser.add_argument_group("the tiny world").add_argument
-    world("--picture-size", type=int, default=48, help="pixels a side (48)")
-    world("--max-things", type=int, default=3, help="most things in a picture (3)")
-    world("--hardness", type=int, default=0, help="1: more jitter, and questions about relations (0)")
-    args = parser.parse_args(argv)
-    if args.data and args.stage not in ("pretrain", "finetune"):
-        parser.error("--data is for one stage: add --stage pretrain or --stage finetune")
-    if args.init and args.stage == "all":
-        parser.error("--init is for one stage: add --stage pretrain or --stage finetune")
-    if (args.val_data or args.images or args.epochs) and not (args.data or args.assume):
-        parser.error("--val-data, --images and --epochs are for --data: name LLaVA's JSON")
-    if args.epochs and args.steps:
-        parser.error("--epochs and --steps say the same: give one of them")
-    if args.stage == "backbone" and (args.dry_run or args.show_batch):
-        parser.error("--dry-run and --show-batch are for pretrain and finetune")
-    if args.mfu > 1:
-        parser.error("--mfu is a part, 0.5 for a half")
-    if (args.preset or args.assume) and not args.dry_run:
-        parser.error("--preset and --assume are for --dry-run: add it, or leave them out")
-    if args.preset and not args.assume:
-        parser.error("--preset has no tokenizer: add --assume SAMPLES,TEXT,VISUAL")
-    return args
+    Raises Stopped after a signal, the step finished and saved; UserError for a loss that is not
+    finite, and for too many bad samples.
+    """
+    params = trained_parameters(model)
+    optimizer = make_optimizer(params, config)
+    state = training_state(params, optimizer)
+    first = run.load(state)
+    for p in params.values():
+        optimizer.state[p]["step"].fill_(first)
+    peak = peak_operations(group.device)
+    operations = Operations(model.config, config.stage) if peak else None
+    pace = 0.0                           # seconds a step, of training alone
+    bar = tqdm(total=config.steps, initial=first, desc=config.stage, mininterval=0.5,
+               bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
+               disable=None if group.is_first else True)
+
+    with stop_signals() as caught, load(first) as loader, bar:
+        start, waited = time.perf_counter(), 0.0
+        for step, micro_batches in steps_of(loader):
+            # forward and backward: gradients of the summed loss add up in .grad
+            mine, parts = accumulate(model, micro_batches, backward=True, operations=operations)
+            mine.stop = len(caught)
+            total = mine.over(group)
+            if total.bad:
+                bad = group.gather(sum((bad for _, bad, _ in parts), []))
+                run.log_bad(step + 1, bad, config, max_bad)
+
+            # step
+            norm = math.nan
+            if math.isfinite(total.loss):
+                norm = scale_gradients(params.values(), total.targets, group, config.clip)
+            if not math.isfinite(norm):
+                odd = [keys for keys, _, loss in parts if not math.isfinite(loss)]
+                keys = ", ".join(group.gather(sum(odd, []))[:8]) or "unknown"
+                raise UserError(
+                    f"the loss is {total.mean_loss} and the norm of its gradient {norm} at step "
+                    f"{step + 1}, samples {keys}: the last checkpoint stands; lower the learning "
+                    "rate or look at these samples")
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = learning_rate(config, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            # log
+            seconds = time.perf_counter() - start
+            line = {"step": step + 1, "loss": total.mean_loss, "lr": learning_rate(config, step),
+                    "grad_norm": norm, "tokens_per_s": total.tokens / seconds, "seconds": seconds,
+                    "waited_for_data": loader.waited - waited, "memory_gb": memory_gb(group.device)}
+            if peak:
+                line["mfu"] = total.operations / seconds / (peak * group.size)
+            if total.cut:
+                line["cut"] = int(total.cut)
+            if step == first and seconds > 60 and group.is_first:
+                print(f"the first step took {seconds:,.0f} s, all will take "
+                      f"{seconds * (config.steps - step) / 3600:,.1f} h: lower --batch-size or "
+                      "--max-length, or use smaller pictures", file=sys.stderr)
+
+            # held-out data and checkpoint
+            last = step + 1 == config.steps
+            save = (step + 1) % checkpoint_every == 0 or last or total.stop
+            if save and held_out is not None and not total.stop:
+                line |= measure(model, held_out, group)
+            run.log(line)
+            pace = 0.9 * pace + 0.1 * seconds if pace else seconds
+            bar.set_postfix_str(_in_short(line, pace * (config.steps - step - 1)), refresh=False)
+            bar.update()
+            if save:
+                run.save(step + 1, state)
+            if total.stop and not last:
+                run.draw_curve()
+                raise Stopped(f"stopped after step {step + 1} of {config.steps}; it is saved: run "
+                              "the same command with --resume to go on")
+            start, waited = time.perf_counter(), loader.waited
+        run.draw_curve()
+        return group.sum(len(caught))[0] > 0
+
+
+def accumulate(model: EEMLLM, micro_batches: Iterable[Packed], backward: bool,
+               operations: Operations | None = None) -> tuple[StepMetrics, list[tuple]]:
+    """Runs the micro-batches; with `backward` adds the gradient of each one's summed loss to .grad.
+    Returns their sums, and of every micro-batch (keys, bad samples, loss): batches are let go."""
+    metrics, losses, samples = StepMetrics(), [], []
+    for packed in micro_batches:
+        with out_of_memory(packed):
+            loss = model(packed.batch.to(model.device))
+            if backward:
+                loss.backward()
+        losses.append(loss.detach())
+        samples.append((packed.keys, packed.bad))
+        metrics.add(packed)
+        if operations:
+            metrics.operations += operations(packed.batch)
+    losses = torch.stack(losses).tolist()    # the host waits for the device here, once a step
+    metrics.loss = sum(losses)
+    return metrics, [(keys, bad, loss) for (keys, bad), loss in zip(samples, losses)]
+
+
+@torch.no_grad()
+def measure(model: EEMLLM, held_out: Callable, group: ProcessGroup) -> dict[str, float]:
+    """Mean loss over all target tokens of held-out data, and how many of its samples are bad."""
+    with held_out() as loader:
+        micro_batches = _with_bar(loader, group) if group.is_first else loader
+        total = accumulate(model, micro_batches, backward=False)[0].over(group)
+    reshard(model)
+    line = {"held_out_loss": total.mean_loss} if total.targets else {}
+    return line | ({"held_out_bad": int(total.bad)} if total.bad else {})
+
+
+def _with_bar(loader: Loader, group: ProcessGroup) -> Iterator[Packed]:
+    with tqdm(desc="held-out", total=loader.samples, unit=" samples", leave=False,
+              disable=None) as bar:
+        for packed in loader:
+            yield packed
+            bar.update(group.size * (len(packed.keys) + len(packed.bad)))
+
+
+def _in_short(line: dict, remaining: float) -> str:
+    text = f"loss {line['loss']:.3f}"
+    if "held_out_loss" in line:
+        text += f", held-out {line['held_out_loss']:.3f}"
+    if "held_out_bad" in line:
+        text += f", held-out samples not used {line['held_out_bad']}"
+    if "mfu" in line:
+        text += f", MFU {line['mfu']:.0%}"
+    return (f"{text}, {line['tokens_per_s']:,.0f} tokens/s, {line['memory_gb']:.1f} GB, "
+            f"{line['seconds']:.2f} s/step, {tqdm.format_interval(remaining)} left")
+
+
+# ---- a stage ----
+
+def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: ProcessGroup):
+    """Trains one stage from the model folder of the one before, and leaves its own."""
+    start = args.init or args.out / {"pretrain": "backbone", "finetune": "pretrain"}[stage]
+    how = (args.gpus, args.mfu, args.micro_batch_tokens or MICRO_BATCH_TOKENS,
+           args.checkpoint_activations)
+    if args.assume:                      # neither model nor data need be there
+        samples, size = assumed_size(args.assume)
+        config, settings = start_config(start, args, world), stage_config(stage, args, samples)
+        return print(*forecast(config, settings, size, *how), sep="\n")
+    group.on_first(lambda: finish_replacement(start))
+    exists = (start / "config.json").exists()
+    own = not (args.init or args.data)   # the tiny world, where a look needs no trained backbones
+    if not exists and not (own and (args.dry_run or args.show_batch)):
+        if stage == "finetune" or not own:
+            how_to = "name one with --init"
+            if stage == "finetune":
+                how_to = "run `python train.py --stage pretrain` first, or " + how_to
+            raise UserError(f"{quoted(start)} holds no model: {how_to}")
+        group.on_first(lambda: make_backbones(start, world))
+        exists = True
+
+    config = start_config(start, args, world)
+    if stage == "pretrain" and config.vision is None:
+        raise UserError(f"{quoted(start)} has no image encoder, so stage 1 has nothing to train: "
+                        "give --init a model that sees")
+    tokenizer = Tokenizer(start / "tokenizer.json") if exists else tiny_tokenizer(config)
+    data = open_data(stage, args, world, config, tokenizer, group)
+    if args.show_batch:
+        with data.loader(data.plan, group, 0, 1) as loader:
+            return print(*show_batch(next(iter(loader)).batch, tokenizer), sep="\n")
+    if args.dry_run:
+        print(*forecast(config, data.config, average_size(data), *how), sep="\n")
+        if group.device.type != "cpu" or not exists:
+            return
+
+    model = load_model(start, "cpu", visual_path=config.visual_path, new_parts=stage == "pretrain")
+    freeze(model, stage)
+    model.decoder.checkpoint_activations = args.checkpoint_activations
+    if args.dry_run:
+        shard_model(model, group)
+        with data.loader(data.plan, group, 0, 1) as loader:
+            packed = next(iter(loader))
+        seconds = seconds_of(model, packed.batch)
+        seconds *= data.config.batch_size / (group.size * max(1, len(packed.keys)))
+        hours = seconds * data.config.steps / 3600
+        return print(f"  {seconds:,.1f} s a step, {hours:,.2f} hours on this CPU (measured on one "
+                     "micro-batch)")
+    settings = {"init": str(start), "visual_path": config.visual_path.to_dict()}
+    settings |= data.settings | dataclasses.asdict(data.config)
+    run = RunFolder(args.out / f"{stage}-run", settings, group, args.resume, args.force)
+    if run.is_finished:
+        if group.is_first:
+            print(f"{stage}: finished already, {args.out / stage}")
+        return
+    if args.compile:
+        for layer in model.decoder.layers:
+            layer.compile(dynamic=True)
+    stored = shard_model(model, group)
+
+    def load(first: int) -> Loader:
+        return data.loader(data.plan, group, first, data.config.steps)
+
+    def load_held_out() -> Loader:
+        return data.loader(data.held_out, group, 0, data.held_out.steps_per_epoch)
+
+    late = train(model, load, data.config, run, group, load_held_out if data.held_out else None,
+                 args.checkpoint_every, args.max_bad)
+    save_model(model, stored, group, args.out / stage)
+    run.finish()
+    if late:
+        raise Stopped(f"{stage} is finished and saved: run the same command with --resume for what "
+                      "comes after it")
 
 
 def main(args: argparse.Namespace):
     world = WorldConfig(args.picture_size, args.max_things, args.hardness, args.seed)
     stages = ("backbone", "pretrain", "finetune") if args.stage == "all" else (args.stage,)
-    with join(args.device) as group:
+    look = args.dry_run or args.show_batch
+    with init_distributed(args.device) as group:
         try:
             for stage in stages:
                 if stage != "backbone":
                     run_stage(stage, args, world, group)
-                elif not (args.dry_run or args.show_batch):
-                    group.first_alone(lambda: make_backbones(args.out / "backbone", world, force=args.force))
+                elif not look:
+                    folder = args.out / "backbone"
+                    group.on_first(lambda: make_backbones(folder, world, force=args.force))
         except Stopped as stopped:
             if group.is_first:
                 print(stopped)
             return
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise UserError(f"{error.filename or args.out}: {error.strerror or error}") from error
-            raise UserError(f"the disk is full ({error.filename or args.out}): the last checkpoint stands; make room and "
-                            "run the same command with --resume") from error
         except UserError as error:
             if group.is_first or isinstance(error, OnOneProcess):
                 raise
-            time.sleep(5)                                # the first process tells it, and all are ended,
-            raise UserError(f"process {group.rank}: {error}") from None           # unless this one is alone with it
-    if "finetune" in stages and group.is_first and not (args.data or args.dry_run or args.show_batch):
-        from nanoeemllm import toy_report
-        model = load(args.out / "finetune", device=args.device)
-        toy_report.show(model, world, toy_report.score(model, world))
-
-
-def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: Group):
-    """Trains one stage from the model folder of the one before, and leaves its own."""
-    start = args.init or args.out / {"pretrain": "backbone", "finetune": "pretrain"}[stage]
-    look = args.dry_run or args.show_batch
-    if args.dry_run and args.assume:
-        return print(*dry_run(stage, args, folder_config(start, args, world), None), sep="\n")
-    if not (start / "config.json").exists() and not (look and not args.init and not args.data):
-        if stage == "finetune" or args.init or args.data:
-            raise UserError(f"{start} holds no model: " + ("name one with --init" if stage == "pretrain" else
-                            "run `python train.py --stage pretrain` first, or name one with --init"))
-        group.first_alone(lambda: make_backbones(start, world))
-
-    config = folder_config(start, args, world)
-    if stage == "pretrain" and config.vision is None:
-        raise UserError(f"{start} has no image encoder, so stage 1 has nothing to train: give --init a model that sees")
-    tokenizer = Tokenizer(start / "tokenizer.json") if (start / "config.json").exists() else tiny_tokenizer(config)
-    data = open_data(stage, args, world, config, tokenizer, group)
-    if args.dry_run:
-        return print(*dry_run(stage, args, config, data), sep="\n")
-    if args.show_batch:
-        return print(*show_batch(next(iter(data.loader(data.plan, group, 0, 1))).batch, tokenizer), sep="\n")
-
-    told = {"init": str(start), "visual_path": dataclasses.asdict(config.visual_path), **data.told,
-            **dataclasses.asdict(data.config)}
-    model = load(start, device="cpu", visual_path=config.visual_path, new_parts=stage == "pretrain")
-    run = Run(args.out / f"{stage}-run", told, group, args.resume, args.force)
-    if run.is_finished:
-        if group.is_first:
-            print(f"{stage}: finished already, {args.out / stage}")
-        return
-    freeze_for(model, stage)
-    model.decoder.checkpoint_activations = args.checkpoint_activations
-    if args.compile:
-        for layer in model.decoder.layers:
-            layer.compile(dynamic=True)
-    stored = spread(model, group)
-    late = train(model, lambda first: data.loader(data.plan, group, first, data.config.steps), data.config, run, group,
-          data.held_out and (lambda: data.loader(data.held_out, group, 0, data.held_out.steps_per_epoch)),
-          args.checkpoint_every, args.max_bad)
-    save_model(model, stored, group, args.out / stage)
-    run.finish()
-    if late:
-        raise Stopped(f"{stage} is finished and saved: run the same command with --resume for what comes after it")
-
-
-def folder_config(start: Path, args: argparse.Namespace, world: WorldConfig) -> ModelConfig:
-    """Of the model that a stage starts from, with the visual path that was asked for."""
-    if args.preset:
-        config = PRESETS[args.preset]
-    elif (start / "config.json").exists():
-        config = ModelConfig.from_dict(read_json(start / "config.json"))
-    else:
-        config = tiny_config(world)
-    return dataclasses.replace(config, visual_path=visual_path_from(args, config.visual_path))
-
-
-# ---- what is learned from ----
-
-class Data(NamedTuple):
-    """A stage's samples, and how they are dealt."""
-    config: TrainConfig
-    plan: Plan
-    encode: Callable
-    told: dict                  # settings of the data, for run.json
-    held_out: Plan | None
-
-    def loader(self, plan: Plan, group: Group, first: int, stop: int) -> Loader:
-        return Loader(plan, self.encode, first, stop, group.rank, group.size, group.device.type == "cuda")
-
-
-def open_data(stage: str, args: argparse.Namespace, world: WorldConfig, config: ModelConfig, tokenizer: Tokenizer,
-              group: Group) -> Data:
-    """--data and --val-data, or the tiny world's, drawn on the fly, in which no picture is seen twice."""
-    if args.data:
-        mixture = open_files(args.data, args, group)
-        held_out = open_files(args.val_data, args, group) if args.val_data else None
-        settings = stage_config(stage, args, len(mixture))
-        told = {"data": args.data, "conversations": mixture.sizes, "max_length": args.max_length}
-    else:
-        settings, kind = stage_config(stage, args), "caption" if stage == "pretrain" else "conversation"
-        mixture = Mixture([ToyDataset(world, "train", kind, settings.steps * settings.batch_size)])
-        held_out = Mixture([ToyDataset(world, "held-out", kind, 8 * settings.batch_size)])
-        told = {"world": dataclasses.asdict(world), "by_cost": args.micro_batch_tokens is not None}
-
-    for name, data in (("--data", mixture), ("--val-data", held_out)):
-        if data and min(len(data), settings.batch_size) < group.size:
-            raise UserError(f"{name}: steps of {min(len(data), settings.batch_size)} samples cannot be dealt to {group.size} "
-                            "processes: give more samples, or a larger --batch-size")
-    template = "plain" if stage == "pretrain" else config.chat_template
-    tokenizer.end_id(template)                           # raises for a template that is not known or does not fit
-    if tokenizer.vocab_size > config.llama.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} words and the language model {config.llama.vocab_size}: they "
-                        "do not belong together")
-    how = (tokenizer, template, config.vision, args.max_length or config.llama.max_position_embeddings)
-    cost_of = token_cost(config)
-    budget = args.micro_batch_tokens or (MICRO_BATCH_TOKENS if args.data else None)
-    usual = min(4, os.cpu_count() or 1) if args.data else 0
-    workers = usual if args.workers is None else args.workers
-
-    def deal(mixture: Mixture) -> Plan:
-        cost = (lambda conversation: cost_of(*count_tokens(conversation, *how))) if budget else None
-        return Plan(mixture, settings.batch_size, settings.seed, cost, budget, workers)
-
-    return Data(settings, deal(mixture), lambda conversation: encode_sample(conversation, *how), told,
-                deal(held_out) if held_out else None)
-
-
-def open_files(names: list[str], args: argparse.Namespace, group: Group) -> Mixture:
-    """Tells what is wrong with the files before the first step."""
-    mixture = open_mixture(names, args.images, group.is_first)
-    for source in mixture.sources:
-        if group.is_first and source.problems:
-            print(*describe_problems(source), sep="\n", file=sys.stderr)
-        if len(source.problems) > args.max_bad * (len(source) + len(source.problems)):
-            raise UserError(f"{source.path}: more than {args.max_bad:.2%} cannot be used: mend them, or allow more with "
-                            "--max-bad")
-    return mixture
-
-
-def stage_config(stage: str, args: argparse.Namespace, samples: int | None = None) -> TrainConfig:
-    """The tiny world's settings, or the paper's for so many samples, changed by what the command line says."""
-    given = {"steps": args.steps, "batch_size": args.batch_size, "learning_rate": args.lr}
-    if samples is not None:
-        steps_per_epoch = max(1, samples // (args.batch_size or PAPER[stage].batch_size))
-        given["steps"] = args.steps or max(1, round((args.epochs or 1) * steps_per_epoch))
-    default = TINY[stage] if samples is None else PAPER[stage]
-    return dataclasses.replace(default, seed=args.seed, **{key: x for key, x in given.items() if x is not None})
-
-
-def dry_run(stage: str, args: argparse.Namespace, config: ModelConfig, data: Data | None) -> list[str]:
-    if data is None:
-        if not re.fullmatch(r"[1-9]\d{0,11},[1-9]\d{0,6},\d{1,7}", args.assume, re.ASCII):
-            raise UserError(f"--assume {args.assume}: give three whole numbers, as in 558000,60,4900")
-        samples, text, visual = map(int, args.assume.split(","))
-        settings = stage_config(stage, args, samples)
-        measures = [Measure(text, text // 2, [(1, visual)] if visual else [])]
-    else:
-        settings, mixture = data.config, data.plan.data
-        chosen = np.random.default_rng(args.seed).permutation(mixture.order(args.seed, 0))[:64]
-        encoded = []
-        for index in chosen:
-            try:
-                encoded.append(data.encode(mixture[int(index)]))
-            except UserError as error:                   # the run leaves such a sample out, too
-                reason = error
-        if not encoded:
-            raise UserError(f"none of {len(chosen)} samples can be used; the last: {reason}")
-        measures = [Measure(len(s.ids) - len(s.images), sum(s.learned), [grid for _, grid in s.images]) for s in encoded]
-    return forecast(config, settings, measures, settings.steps * settings.batch_size, args.gpus, args.mfu,
-                    args.micro_batch_tokens or MICRO_BATCH_TOKENS, args.checkpoint_activations)
+            time.sleep(5)        # the first process reports it, and all are ended; or this is alone
+            raise UserError(f"process {group.rank}: {error}") from None
+    if "finetune" in stages and group.is_first and not (args.data or look):
+        from nanoeemllm.toy import report
+        model = load_model(args.out / "finetune", device=args.device)
+        report.show(model, world, report.score(model, world))
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(parse()))
+    run_command(lambda: main(parse_flags(__doc__)), goes_on=True)

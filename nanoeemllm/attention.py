@@ -74,7 +74,7 @@ def empty_span(like: Span) -> Span:
 
 
 def attention(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
-    """Softmax attention, scaled by D^-0.5, of packed queries over each sample's visual and text keys.
+    """Softmax attention, scaled by D^-0.5, of packed queries over their sample's two runs of keys.
 
     q (N, H, D); G divides H, and H // G query heads share a key head. Returns (N, H, D); rows that
     see no key are zero.

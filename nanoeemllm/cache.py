@@ -139,7 +139,7 @@ class KVCache:
             return step(ids, self)
         if self.graphs[key] is None:
             graph, its_ids = torch.cuda.CUDAGraph(), ids.clone()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):    # nothing is computed
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # only records
                 self.graphs[key] = graph, its_ids, step(its_ids, self)
         graph, its_ids, hidden = self.graphs[key]
         its_ids.copy_(ids)
@@ -221,7 +221,7 @@ def gather_images(decoder, image_kv: list[list[ImageKV]], layout: Layout) -> Bat
             parts += zip(group, positions)
             end += sum(len(image.k[0]) for image in group)
         starts.append(copies[key])
-        for image in own:                                # as far from its copy's first row as before
+        for image in own:                                # as far from its sample's first as before
             first = starts[-1] + image.rows.start - own[0].rows.start
             size = image.rows.stop - image.rows.start
             placed.append(image._replace(rows=slice(first, first + size)))

@@ -1,6 +1,7 @@
 """Sizes and switches of every part, as frozen dataclasses, and one preset a row.
 
-A model folder's `config.json` is one `ModelConfig` written out. The letters that shapes are written in, everywhere:
+A model folder's `config.json` is one `ModelConfig` written out (border/typed.py reads it back). The
+letters that shapes are written in, everywhere:
 
     T text rows   V visual rows   B samples   L layers   C width   F FFN width
     H query heads   G key/value heads   D head width   P patches
@@ -30,21 +31,17 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position_embeddings: int
 
-    def __post_init__(self):
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise UserError("rope_scaling: low_freq_factor must be under high_freq_factor")
-
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """The language model. The defaults are Vicuna-7B v1.5's."""
     vocab_size: int = 32000
-    hidden_size: int = 4096                  # C
-    intermediate_size: int = 11008           # F
+    hidden_size: int = 4096                        # C
+    intermediate_size: int = 11008                 # F
     num_hidden_layers: int = size(32, most=1000)   # L
-    num_attention_heads: int = 32            # H
-    num_key_value_heads: int = 32            # G, divides H
-    head_dim: int = 128                      # D
+    num_attention_heads: int = 32                  # H
+    num_key_value_heads: int = 32                  # G, divides H
+    head_dim: int = 128                            # D
     max_position_embeddings: int = size(4096, most=2 ** 24)
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -52,9 +49,9 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(f"num_key_value_heads {self.num_key_value_heads} must divide "
-                            f"num_attention_heads {self.num_attention_heads}")
+        H, G = self.num_attention_heads, self.num_key_value_heads
+        if H % G:
+            raise UserError(f"num_key_value_heads {G} must divide num_attention_heads {H}")
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
 
@@ -63,7 +60,7 @@ class LlamaConfig:
 class VisionConfig:
     """The image encoder. The defaults are SigLIP so400m/14 at 384 px.
 
-    resize says how an image is brought to whole patches (image.py):
+    resize says how an image is brought to whole patches (data/images.py):
       "square"  bicubic to image_size x image_size, whatever the shape
       "pad"     padded to a square with the mean colour, then as above (LLaVA-1.5)
       "native"  keeps the aspect ratio, longest side <= image_size, shortest >= min_image_size
@@ -88,12 +85,13 @@ class VisionConfig:
         for name, known in (("architecture", ("siglip", "clip")),
                             ("resize", ("square", "pad", "native")),
                             ("hidden_act", ("gelu_tanh", "quick_gelu"))):
-            if getattr(self, name) not in known:
-                raise UserError(f"vision {name} is {getattr(self, name)!r}; known: {', '.join(known)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(f"vision num_attention_heads {self.num_attention_heads} must divide "
-                            f"hidden_size {self.hidden_size}")
-        if not self.patch_size <= min(self.image_size, self.min_image_size):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"vision {name} is {value!r:.80}; known: {', '.join(known)}")
+        width, heads = self.hidden_size, self.num_attention_heads
+        if width % heads:
+            raise UserError(f"vision num_attention_heads {heads} must divide hidden_size {width}")
+        if self.patch_size > self.image_size:
             raise UserError(f"vision patch_size {self.patch_size} is larger than the image")
         if not len(self.image_mean) == len(self.image_std) == 3 or 0 in self.image_std:
             raise UserError("vision image_mean and image_std must have a number for each colour, "
@@ -120,13 +118,14 @@ class VisualPath:
     images_are_reusable: ClassVar[bool] = False      # visual tokens never attend to text
     rotates_keys: ClassVar[bool] = True              # visual keys are rotated by their positions
     computes_llava_attention: ClassVar[bool] = False
+    calibrated_as: ClassVar[str | None] = None       # the path that `calibrate` runs the model as
 
     def check(self, llama: LlamaConfig):
         """Raises UserError where the settings do not fit the language model."""
 
     def layer(self, llama: LlamaConfig, index: int, feature_width: int | None):
         """The decoder layer that stands at this index; feature_width: of the image encoder."""
-        raise NotImplementedError
+        raise AssertionError("every path says which layers it has")
 
     def with_settings(self, settings: dict) -> "VisualPath":
         return dataclasses.replace(self, **settings)
@@ -140,9 +139,9 @@ class VisualPath:
         return {"name": self.name, **dataclasses.asdict(self)}
 
 
-def default_path() -> VisualPath:
+def make_path(name: str = "eemllm") -> VisualPath:
     from nanoeemllm.paths import make                # the registry: its files build on the decoder
-    return make("eemllm")
+    return make(name)
 
 
 @dataclass(frozen=True)
@@ -150,9 +149,9 @@ class ModelConfig:
     """A whole model. vision None: a language model alone."""
     llama: LlamaConfig = field(default_factory=LlamaConfig)
     vision: VisionConfig | None = field(default_factory=VisionConfig)
-    visual_path: VisualPath = field(default_factory=default_path)
-    chat_template: str = "vicuna_v1"                 # a name of prompt.TEMPLATES
-    other_paths: tuple[VisualPath, ...] = ()         # settings calibrated for these weights
+    visual_path: VisualPath = field(default_factory=make_path)
+    chat_template: str = "vicuna_v1"                     # a name of prompt.TEMPLATES
+    other_paths: tuple[VisualPath, ...] = ()             # settings calibrated for these weights
     eos_token_ids: tuple[int, ...] = size((), least=0)   # that end an answer; (): by their names
     bos_token_ids: tuple[int, ...] | None = size(None, least=0)   # None: by its name; (): none
 
@@ -161,9 +160,8 @@ class ModelConfig:
 
     def path_named(self, name: str) -> VisualPath:
         """With these weights' settings where there are any, else the default ones."""
-        from nanoeemllm.paths import make
         known = {path.name: path for path in (*self.other_paths, self.visual_path)}
-        return known.get(name) or make(name)
+        return known.get(name) or make_path(name)
 
     def to_dict(self) -> dict:
         """Plain JSON types, every field written out."""
@@ -172,40 +170,25 @@ class ModelConfig:
         return {**dataclasses.asdict(self), **paths}
 
 
-# ---- presets: the sizes users name ----
-
-_SIGLIP_980 = VisionConfig(image_size=980, resize="native")
-_CLIP_336 = VisionConfig(
-    architecture="clip", hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
-    image_size=336, resize="pad", hidden_act="quick_gelu", layer_norm_eps=1e-5, post_layernorm=False,
-    image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711))
-_TINY = (
-    LlamaConfig(vocab_size=128, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-                num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-                max_position_embeddings=2048, rope_theta=1e6),
-    VisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-                 patch_size=8, image_size=48, min_image_size=24, resize="native",
-                 image_mean=(1.0, 1.0, 1.0)))
-_300M = (       # 297M weights in the language model, 91M in the encoder: for CPUs
-    LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=18,
-                num_attention_heads=16, num_key_value_heads=16, head_dim=64,
-                max_position_embeddings=16384),
-    VisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                 num_attention_heads=12, patch_size=16, image_size=768, min_image_size=256,
-                 resize="native"))
-
-
 def __getattr__(name: str):
-    """PRESETS is made when it is first asked for: a ModelConfig holds a visual path, whose file
+    """PRESETS, the sizes users name, are made when they are first asked for: a visual path's file
     builds on the decoder, which builds on this file."""
     if name != "PRESETS":
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    from nanoeemllm.paths import make
+    clip = VisionConfig("clip", 1024, 4096, 23, 16, 14, 336, resize="pad", hidden_act="quick_gelu",
+                        layer_norm_eps=1e-5, post_layernorm=False,
+                        image_mean=(0.48145466, 0.4578275, 0.40821073),
+                        image_std=(0.26862954, 0.26130258, 0.27577711))
     globals()["PRESETS"] = presets = {
-        "tiny": ModelConfig(*_TINY, chat_template="short"),
-        "eemllm-300m": ModelConfig(*_300M),
+        "tiny": ModelConfig(
+            LlamaConfig(128, 128, 256, 3, 4, 4, 32, 2048, rope_theta=1e6),
+            VisionConfig("siglip", 128, 384, 3, 4, 8, 48, 24, "native", image_mean=(1.0, 1.0, 1.0)),
+            chat_template="short"),
+        "eemllm-300m": ModelConfig(      # 297M weights and an encoder of 91M: for CPUs
+            LlamaConfig(32000, 1024, 2816, 18, 16, 16, 64, 16384),
+            VisionConfig("siglip", 768, 3072, 12, 12, 16, 768, 256, "native")),
         "eemllm-7b": ModelConfig(LlamaConfig(), VisionConfig()),
-        "eemllm-7b-980": ModelConfig(LlamaConfig(max_position_embeddings=8192), _SIGLIP_980),
-        "llava-1.5-7b": ModelConfig(LlamaConfig(vocab_size=32064), _CLIP_336, make("llava")),
-    }
+        "eemllm-7b-980": ModelConfig(LlamaConfig(max_position_embeddings=8192),
+                                     VisionConfig(image_size=980, resize="native")),
+        "llava-1.5-7b": ModelConfig(LlamaConfig(vocab_size=32064), clip, make_path("llava"))}
     return presets

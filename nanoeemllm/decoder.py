@@ -78,9 +78,9 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         T = ctx.T
         h = self.input_layernorm(x)
-        k, v = self.self_attn.keys_values(h, ctx.rope)       # of all rows, in one product: (., G, D)
+        k, v = self.self_attn.keys_values(h, ctx.rope)      # of all rows, in one product: (., G, D)
         keys = ctx.keys(self.index, k, v)
-        heads = attention(self.self_attn.queries(h[:T], ctx.rope_text), keys, ctx.sees)    # (T, H, D)
+        heads = attention(self.self_attn.queries(h[:T], ctx.rope_text), keys, ctx.sees)  # (T, H, D)
         if self.is_last:
             x = x[:T]                # nothing reads visual rows after this layer's keys and values
         elif len(x) > T:
@@ -109,7 +109,7 @@ class Decoder(nn.Module):
     """Text ids (T,) and visual tokens (V, C) -> hidden rows of the text (T, C)."""
 
     def __init__(self, config: LlamaConfig, path: VisualPath, feature_width: int | None = None):
-        """feature_width: of the image encoder's features, for paths that project them themselves."""
+        """feature_width: of the image encoder, for paths that project its features themselves."""
         super().__init__()
         self.config, self.path = config, path
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.checkpoint_activations = False   # training: save what enters a layer, recompute the rest
+        self.checkpoint_activations = False   # training: save what enters a layer, recompute it all
 
     def forward(self, ids: Tensor, visual: Tensor | None, layout: Layout, cache=None,
                 image_kv=None) -> Tensor:

@@ -54,7 +54,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 
 @dataclass(frozen=True)
 class StopRule:
-    """What ends an answer: one of these tokens, which is not part of it, or a string in its text."""
+    """What ends an answer: one of these tokens, which is no part of it, or a string in its text."""
     ids: frozenset[int] = frozenset()
     strings: tuple[str, ...] = ()
     tokenizer: object = None          # strings need it
@@ -68,8 +68,9 @@ class StopRule:
         it. A character is up to four bytes, and from within one the tokens of bytes that follow
         cannot be decoded: four beginnings are tried."""
         reach = max((len(string.encode()) for string in self.strings), default=0) + 4
-        endings = (self.tokenizer.decode(answer[-reach - k:]) for k in range(4 * bool(self.strings)))
-        return any(string in text for text in endings for string in self.strings)
+        tries = range(4) if self.strings else ()
+        text = " ".join(self.tokenizer.decode(answer[-reach - k:]) for k in tries)
+        return any(string in text for string in self.strings)
 
 
 @torch.inference_mode()
@@ -107,8 +108,8 @@ def generate_steps(model, prompts: list[list[int]], images: list[list] | None,
 
             *new_ids, is_finite = read()
             if not is_finite:
-                raise UserError(f"{model.source or 'the model'}: its scores are not finite numbers: "
-                                "the weights are damaged, or overflow in this number type")
+                raise UserError(f"{model.source or 'the model'}: scores are not finite numbers: the "
+                                "weights are damaged, or overflow in this number type")
             new = [(number, token) for number, token in zip(running, new_ids) if number in answers]
             for number, token in new:
                 answers[number].append(token)
@@ -120,7 +121,8 @@ def generate_steps(model, prompts: list[list[int]], images: list[list] | None,
             ended = len(running) - len(answers)
             if 2 * ended >= len(running) if cache.static else ended:
                 rows = [row for row, number in enumerate(running) if number in answers]
-                running, stay = [running[row] for row in rows], torch.tensor(rows, device=ids.device)
+                running = [running[row] for row in rows]
+                stay = torch.tensor(rows, device=ids.device)
                 ids, hidden = ids[stay], hidden[stay]
                 occurred = None if occurred is None else occurred[stay]
                 cache.select(stay)

@@ -122,8 +122,9 @@ def build_layout(samples: list[list[int]],
         text_rows.append(np.stack([ids, start, visual_before, text_before + 1])[:, ~is_image])
         # an image's row i: a column of the image's own, and i of it
         first = np.stack([start, visual_before + 1, text_before])[:, is_image]
-        count = np.arange(length[is_image].sum()) - np.repeat(visual_before[is_image], length[is_image])
-        visual_rows.append(np.repeat(first, length[is_image], axis=1) + [[1], [1], [0]] * count)
+        patches = length[is_image]
+        count = np.arange(patches.sum()) - np.repeat(visual_before[is_image], patches)
+        visual_rows.append(np.repeat(first, patches, axis=1) + [[1], [1], [0]] * count)
 
         texts.append(slice(texts[-1].stop, texts[-1].stop + text_rows[-1].shape[1]))
         visuals.append(slice(visuals[-1].stop, visuals[-1].stop + len(count)))

@@ -148,8 +148,8 @@ class EEMLLM(nn.Module):
         for number, ids in enumerate(prompts):
             if not ids or ids[-1] == IMAGE_TOKEN:
                 what = "ends in <image>" if ids else "is empty"
-                raise UserError(f"prompt {number} {what}: the answer is predicted by the text token "
-                                "before it; add some text")
+                raise UserError(f"prompt {number} {what}: the answer is predicted by the text "
+                                "token before it; add some text")
         hidden, layout, cache = self._run(prompts, images, image_kv, max_new_tokens)
         return hidden[(layout.text.start + layout.text.length - 1).long()], cache
 
@@ -167,9 +167,9 @@ class EEMLLM(nn.Module):
             raise UserError(f"token {ids.max()} is beyond the model's vocabulary of "
                             f"{llama.vocab_size}: its tokenizer has more words than its weights")
         if max_new_tokens and longest + max_new_tokens > llama.max_position_embeddings:
-            raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit "
-                            f"the model's context of {llama.max_position_embeddings}: shorten the "
-                            "prompt or ask for fewer")
+            raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not "
+                            f"fit the model's context of {llama.max_position_embeddings}: shorten "
+                            "the prompt or ask for fewer")
         visual = kv = None
         if use_kv:
             kv = gather_images(self.decoder, image_kv, layout)

@@ -1,11 +1,11 @@
-"""From a conversation to token ids and the loss mask, made together so that they cannot drift apart.
+"""From a conversation to token ids and the loss mask, made together so that neither can drift.
 
 A template is data: what stands before and after each turn's words. Its special tokens, written
 `<|name|>`, become ids; the same characters in a user's text stay text. An image is one IMAGE_TOKEN.
 "vicuna_v1", with # under the target tokens:
 
-    <s>A chat ... questions. USER: <image> What is it? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes.</s>
-    .............................................................###########......................#########
+    <s>A chat ... USER: <image> What is it? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes.</s>
+    ..................................................###########......................#########
 
 Text is tokenized in stretches that end at special tokens, at images and where the assistant begins
 to speak. So a prompt's ids are always the beginning of the ids that the model was trained on.
@@ -63,7 +63,8 @@ def encode_text(tokenizer, text: str, bos: bool = False) -> list[int]:
     return writer.ids
 
 
-def encode_conversation(tokenizer, turns: list[dict], template: str) -> tuple[list[int], list[bool]]:
+def encode_conversation(tokenizer, turns: list[dict],
+                        template: str) -> tuple[list[int], list[bool]]:
     """Ids and the loss mask, True where a token is a target: the assistant's words and end token.
 
     turns: [{"from": "human" | "gpt", "value": text}, ...], gpt last; a first turn "system" replaces
@@ -77,7 +78,7 @@ def encode_conversation(tokenizer, turns: list[dict], template: str) -> tuple[li
 
 
 def encode_prompt(tokenizer, turns: str | list[dict], template: str) -> list[int]:
-    """Ids up to where the assistant begins to speak. turns: as above with human last, or one text."""
+    """Ids up to where the assistant begins to speak. turns: as above, human last, or one text."""
     turns = [{"from": "human", "value": turns}] if isinstance(turns, str) else turns
     writer = write_turns(tokenizer, turns, template)
     if turns[-1]["from"] != "human":

@@ -38,7 +38,8 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
-        return self.fc2(h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h, approximate="tanh"))
+        h = h * torch.sigmoid(1.702 * h) if self.quick else F.gelu(h, approximate="tanh")
+        return self.fc2(h)
 
 
 class VisionLayer(nn.Module):
@@ -56,7 +57,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """patches (P, 3*p*p), grids [(h, w), ...] -> features (P, width), without CLIP's class token."""
+    """patches (P, 3*p*p), grids [(h, w), ...] -> features (P, width), no CLIP class token."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -102,7 +103,7 @@ def position_index(grids: list[tuple[int, int]], side: int) -> Tensor:
 
 def whole_images(lengths: list[int], device: torch.device) -> Visibility:
     """Every row of an image sees all rows of its image."""
-    device = "cpu" if device.type == "meta" else device      # where training/cost.py can count pairs
+    device = "cpu" if device.type == "meta" else device   # training/cost.py counts pairs
     length = torch.tensor(lengths, dtype=torch.int32)
     sees = torch.repeat_interleave(length, length.long()).to(device)
     start = (length.cumsum(0) - length).int().to(device)

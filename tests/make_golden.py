@@ -1,18 +1,23 @@
 """Makes tests/golden: small random models of every supported source, as transformers saves them, and what it computes.
 
-    pip install torch==2.13.0 transformers==5.23.0 sentencepiece==0.2.3 safetensors pillow
-    python tests/make_golden.py
+    pip install torch==2.13.0 transformers==5.24.0 sentencepiece==0.2.3 safetensors pillow jinja2
+    PYTHONPATH=. python tests/make_golden.py
 
 The tests only read the result; this is the one file that imports transformers and sentencepiece.
 
     sources/NAME/          a folder as the hub has it: config.json, weights, tokenizer
     expected.safetensors   NAME.ids, NAME.logits, NAME.greedy; NAME.SIZE of features, every STRIDE-th patch
     tokens.json            texts and their ids by SentencePiece; conversations, ids and masks by LLaVA's preprocessing
+    templates.json         chat templates as published and as we export them, and what Jinja makes of PROBE
+    exported.json          what convert_weights.py --to-hf made of sources when transformers loaded it: NAME.ids,
+                           export.NAME.logits in expected.safetensors are transformers' answers
 """
 
+import hashlib
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +76,9 @@ def main():
     torch.set_grad_enabled(False)
     expected = {}
     tokens = make_tokenizers()
-    for make in (make_llamas, make_towers, make_llava):
+    for make in (make_llamas, make_towers, make_llava, make_exports):
         make(expected)
+    make_templates()
     from safetensors.torch import save_file
     save_file({name: x.contiguous() for name, x in expected.items()}, GOLDEN / "expected.safetensors")
     (GOLDEN / "tokens.json").write_text(json.dumps(tokens, indent=0))
@@ -166,9 +172,9 @@ def randomize(model, dtype=torch.float32):
     return model.eval()
 
 
-def edit(folder: Path, changes: dict, remove=()):
+def edit(folder: Path, changes: dict, remove=(), file: str = "config.json"):
     """config.json as the hub has it, which leaves things out and puts them in other places."""
-    path = folder / "config.json"
+    path = folder / file
     config = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in (config | changes).items() if k not in remove}, indent=1))
 
@@ -201,7 +207,9 @@ def make_llamas(expected: dict):
         expected |= {f"{name}.ids": torch.tensor(ids), f"{name}.logits": step(ids), f"{name}.greedy": greedy(step, ids)}
         model.to(dtype).save_pretrained(source(name), max_shard_size="20KB" if name == "smollm2" else "5GB")
     published_vicuna(source("vicuna"))
-    edit(source("llama3"), {"rope_theta": llama3.pop("rope_theta"), "rope_scaling": llama3}, ("rope_parameters",))
+    edit(source("llama3"), {"rope_theta": llama3.pop("rope_theta"), "rope_scaling": llama3, "bos_token_id": 0,
+                             "eos_token_id": 1}, ("rope_parameters",))
+    edit(source("llama3"), {"bos_token_id": 0, "eos_token_id": [1, 4]}, file="generation_config.json")
     byte_level(source("llama3"), ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
                                   "<|eot_id|>"], 320)
     byte_level(source("smollm2"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], 330)
@@ -334,6 +342,143 @@ def eemllm_step(model, ids: list[int], images: torch.Tensor) -> torch.Tensor:
     mask = torch.zeros(1, 1, n, n).masked_fill(~allowed, torch.finfo(torch.float32).min)
     hidden = llama(inputs_embeds=x[None], attention_mask=mask, position_ids=torch.arange(n)[None]).last_hidden_state
     return lm_head(hidden[0])[is_text]
+
+
+# ---- out again ----
+
+EXPORTS = {"vicuna": dict(llm="vicuna"), "llama3": dict(llm="llama3"), "smollm2": dict(llm="smollm2"),
+           "llava": dict(llava="llava"), "siglip": dict(llm="smollm2", vision="siglip"),
+           "clip": dict(llm="vicuna", vision="clip_vision")}
+
+
+def export_source(name: str, folder: Path) -> tuple[Path, Path]:
+    """Converts a row of EXPORTS and writes it out. Returns the model folder and the exported one."""
+    from nanoeemllm.weights.export import export
+    from nanoeemllm.weights.folder import save
+    from nanoeemllm.weights.published import read
+    published = read(**{kind: GOLDEN / "sources" / place for kind, place in EXPORTS[name].items()})
+    save(published.tensors, published.config, published.tokenizer, folder / name)
+    export(folder / name, folder / f"{name}-hf")
+    return folder / name, folder / f"{name}-hf"
+
+
+def exported_files(folder: Path) -> dict:
+    """What transformers reads: the configurations, and the weights' checksum. (The tokenizer's words
+    are compared by check_words.)"""
+    files = {path.name: json.loads(path.read_text())
+             for path in folder.glob("*.json") if path.name != "tokenizer.json"}
+    weights = b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+    return files | {"weights": hashlib.sha256(weights).hexdigest()}
+
+
+def make_exports(expected: dict):
+    import transformers as hf
+    from nanoeemllm.weights.folder import read_config, read_tokenizer
+    exported = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in EXPORTS:
+            model, folder = export_source(name, Path(temporary))
+            exported[name] = exported_files(folder)
+            config = read_config(model)
+            kind = hf.LlavaForConditionalGeneration if config.vision else hf.LlamaForCausalLM
+            theirs, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            assert not any(info.values()), info
+            ids = text_ids(4, 20, 300)
+            ids[3:8:4] = [-200, -200] if config.vision else ids[3:8:4]
+            expected |= {f"export.{name}.ids": torch.tensor(ids),
+                         f"export.{name}.logits": export_step(hf, theirs, folder, ids, config)}
+            check_words(hf, folder, read_tokenizer(model, config), config)
+    (GOLDEN / "exported.json").write_text(json.dumps(exported, indent=0, sort_keys=True))
+
+
+def export_step(hf, model, folder: Path, ids: list[int], config) -> torch.Tensor:
+    if config.vision is None:
+        return model.eval()(torch.tensor([ids])).logits[0]
+    processor = hf.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    images = [picture(60 + 50 * i, 90) for i in range(ids.count(-200))]
+    pixels = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
+    tokens, image_id = config.vision.grid_size ** 2, model.config.image_token_id
+    flat = torch.tensor([x for i in ids for x in ([image_id] * tokens if i == -200 else [i])])
+    logits = model.eval()(input_ids=flat[None], pixel_values=pixels).logits[0]
+    return logits[flat != image_id, :config.llama.vocab_size]
+
+
+def check_words(hf, folder: Path, tokenizer, config):
+    """transformers' tokenizer of the exported folder gives our ids; its chat template our prompt."""
+    from nanoeemllm.prompt import encode_prompt
+    theirs = hf.AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        if not re.search(r"<\W*\w+>", text):
+            text = text.lstrip(" \u2581") if not tokenizer.prefix_after_special else text   # see tokenizer_with
+            assert theirs(text).input_ids == tokenizer.encode(text, bos=True), (folder, text)
+    turns = [{"from": "human", "value": "the cat"}, {"from": "gpt", "value": "is red."},
+             {"from": "human", "value": "what?"}]
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
+    prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ours = encode_prompt(tokenizer, turns, config.chat_template)
+    assert list(prompt) == ours, (folder, theirs.decode(prompt), theirs.decode(ours))
+
+
+# ---- chat templates ----
+
+_CHATML = ("{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+_LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+           "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + "
+           "'<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+           "{{ content }}{% endfor %}")
+_LLAMA3_ASKS = "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
+_IF_ASKED = "{% if add_generation_prompt %}" + _LLAMA3_ASKS + "{% endif %}"
+_NOT_DEFINED = "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+
+
+def _default_system(words: str) -> str:
+    return ("{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n" + words
+            + "<|im_end|>\\n' }}{% endif %}")
+
+
+def _llava(said: str) -> str:
+    return (
+        "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
+        "{% endif %}{# Render all images first #}{% for content in message['content'] | selectattr('type', "
+        "'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != "
+        "'assistant' %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{{ content['text'] + ' '}}{% endfor %}{% else %}{% for content in message['content'] | "
+        "selectattr('type', 'equalto', 'text') %}" + said + "{% endfor %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+
+
+TEMPLATES = {   # where it is published: ours, theirs
+    "ChatML": ("chatml", "{% for message in messages %}" + _CHATML),
+    "ChatML, older": ("chatml", _NOT_DEFINED + "{% for message in messages %}" + _CHATML),
+    "SmolLM2-Instruct": ("chatml", "{% for message in messages %}" + _default_system(
+        "You are a helpful AI assistant named SmolLM, trained by Hugging Face") + _CHATML),
+    "ChatML, helpful": ("chatml", "{% for message in messages %}" + _default_system(
+        "You are a helpful assistant.") + _CHATML),
+    "ChatML, helpful, no stop": ("chatml", "{% for message in messages %}" + _default_system(
+        "You are a helpful assistant") + _CHATML),
+    "Meta-Llama-3-Instruct": ("llama3", _LLAMA3 + _IF_ASKED),
+    "Meta-Llama-3-Instruct, older": ("llama3", _LLAMA3 + _LLAMA3_ASKS),
+    "Meta-Llama-3-Instruct, defined": ("llama3", _NOT_DEFINED + _LLAMA3 + _IF_ASKED),
+    "llava-1.5-7b-hf": ("vicuna_v1", _llava("{% generation %}{{ content['text'] + ' '}}{% endgeneration %}")),
+    "llava-1.5-7b-hf, older": ("vicuna_v1", _llava("{{ content['text'] + ' '}}")),
+}
+PROBE = [("system", "Say it."), ("user", "What is red?"), ("assistant", "A cat."), ("user", "And blue?")]
+
+
+def make_templates():
+    from nanoeemllm.prompt import TEMPLATES as OURS
+    from nanoeemllm.weights.chat import fingerprint, jinja
+    tokenizer = hf_llama_tokenizer(True)
+    messages = [{"role": role, "content": text} for role, text in PROBE]
+    parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in PROBE]
+    result = {}
+    for where, (ours, text) in TEMPLATES.items() | {f"our {x}": (x, jinja(x)) for x in OURS}.items():
+        writes = tokenizer.apply_chat_template(parts if where.startswith("llava") else messages,
+                                               chat_template=text, tokenize=False, add_generation_prompt=True)
+        result[where] = {"ours": ours, "template": text, "fingerprint": fingerprint(text), "writes": writes}
+    (GOLDEN / "templates.json").write_text(json.dumps(result, indent=0, sort_keys=True))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from PIL import Image
 from nanoeemllm import bench, bench_systems
 from nanoeemllm.config import IMAGE_TOKEN as IMAGE
 from nanoeemllm.config import UserError
-from nanoeemllm.plot import line_chart
+from nanoeemllm.border.plot import line_chart
 from test_generation import make_model as wide_model
 from test_model import picture
 

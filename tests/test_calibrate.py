@@ -11,23 +11,32 @@ import torch
 
 from layouts import seeded
 from nanoeemllm import load
-from nanoeemllm.backbone import tiny_tokenizer
-from nanoeemllm.calibrate import choose_heads, measure, ratio
-from nanoeemllm.checkpoint import save
-from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
-from nanoeemllm.evaluate import main
+from nanoeemllm.paths import make
+from nanoeemllm.weights.initialize import initialize
+from nanoeemllm.toy.backbones import tiny_tokenizer
+from nanoeemllm.config import IMAGE_TOKEN, PRESETS, UserError
+from nanoeemllm.decoder import Context
+from nanoeemllm.evaluation.__main__ import main
+from nanoeemllm.layout import build_layout
 from nanoeemllm.model import EEMLLM
+from nanoeemllm.paths.yopo import attention_ratio, choose_heads, measure_ratios
+from nanoeemllm.weights.folder import save
 from test_model import picture
 
 
-@pytest.mark.parametrize("rows", [7, 300])
-def test_ratio_is_that_of_the_attention_matrix(rows):
+@pytest.mark.parametrize("text, patches", [(3, 4), (70, 230)])
+def test_ratio_is_that_of_the_attention_matrix(text, patches):
+    """The rows of one sample: text first, then the image's, which stands behind the first word."""
+    _, layout = build_layout([[1, IMAGE_TOKEN, *[2] * (text - 1)]], [[(1, patches)]])
+    rows, order = text + patches, layout.position.argsort()
     q, k = seeded(rows, 2, 4), seeded(rows, 2, 4, seed=1)
-    is_visual, later = torch.arange(rows) % 3 == 1, torch.ones(rows, rows).triu(1).bool()
+    found = attention_ratio(q, k, Context(text, None, layout.text_queries, layout))
+    is_visual, later = order >= text, torch.ones(rows, rows).triu(1).bool()
     for head in range(2):
-        weights = (q[:, head] @ k[:, head].T / math.sqrt(4)).masked_fill(later, -math.inf).softmax(-1)
+        scores = q[order, head] @ k[order, head].T / math.sqrt(4)
+        weights = scores.masked_fill(later, -math.inf).softmax(-1)
         expected = weights[:, is_visual].sum() / weights[:, ~is_visual].sum()
-        assert ratio(q, k, is_visual)[head].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert found[head].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("samples, cut", [(1, 6), (4, 6), (9, 4), (3, 2)])
@@ -50,11 +59,11 @@ def test_every_layer_keeps_a_head():
 def tiny_folder(tmp_path):
     torch.manual_seed(0)
     tiny = PRESETS["tiny"]
-    config = dataclasses.replace(tiny, visual_path=VisualPathConfig("llava"),
+    config = dataclasses.replace(tiny, visual_path=make("llava"),
                                  llama=dataclasses.replace(tiny.llama, num_hidden_layers=4))
     tokenizer = tiny_tokenizer(config)
     model = EEMLLM(config, tokenizer)
-    model.initialize()
+    initialize(model)
     save(model.state_dict(), config, tokenizer, tmp_path / "model")
     return tmp_path / "model"
 
@@ -66,13 +75,13 @@ def test_command_writes_the_heads_that_yopo_then_uses(tmp_path, capsys):
         picture(i).save(file, "PNG")
         rows.append(f"{i}\t{base64.b64encode(file.getvalue()).decode()}\twhat is it?\tcat")
     (tmp_path / "set.tsv").write_text("\n".join(rows))
-    command = ["--weights", str(folder), "--tsv", str(tmp_path / "set.tsv"), "--calibrate-heads"]
+    command = ["--weights", str(folder), "--tsv", str(tmp_path / "set.tsv"), "--calibrate", "--visual-path", "yopo"]
     with pytest.raises(UserError, match="--prune-heads"):
         main(command)
-    with pytest.raises(UserError, match="nothing to prune: give a higher --last-visual-layer"):
+    with pytest.raises(UserError, match="nothing can be pruned"):
         main([*command, "--prune-heads", "2"])
-    main([*command, "--prune-heads", "2", "--visual-path", "yopo", "--last-visual-layer", "4"])
-    kept = json.loads((folder / "config.json").read_text())["visual_path"]["kept_heads"]
+    main([*command, "--prune-heads", "2", "--last-visual-layer", "4"])
+    kept = json.loads((folder / "config.json").read_text())["other_paths"][0]["kept_heads"]
     assert [len(heads) for heads in kept[:2]] == [4, 4] and sum(map(len, kept[2:])) == 4
     assert load(folder, "cpu").config.visual_path.name == "llava"
     path = load(folder, "cpu", visual_path="yopo").config.visual_path
@@ -83,6 +92,6 @@ def test_measuring_leaves_the_model_as_it_was(tmp_path):
     model = load(tiny_folder(tmp_path), "cpu")
     prompts = [(model.encode("<image> a cat"), [picture(1)])]
     before = model.logits(*prompts[0])
-    ratios = measure(model, prompts)
+    ratios = measure_ratios(model, prompts)
     assert ratios.shape == (1, 4, 4) and (ratios > 0).all()
     torch.testing.assert_close(model.logits(*prompts[0]), before, rtol=0, atol=0)

@@ -1,6 +1,9 @@
-"""convert_weights.py against what transformers computed (make_golden.py), and against folders that are broken."""
+"""Published folders in and out, against what transformers computed (make_golden.py), and broken ones."""
 
+import dataclasses
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,22 +13,37 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import convert_weights
 import nanoeemllm
-from convert_weights import llama_config
-from nanoeemllm import checkpoint
-from nanoeemllm.command_line import run_command
-from nanoeemllm.config import PRESETS, UserError, VisualPathConfig
-from nanoeemllm.image import prepare_image
-from tests.make_golden import GOLDEN, SIZES, STRIDE, picture
+from nanoeemllm.border import files
+from nanoeemllm.border.command import run_command
+from nanoeemllm.config import PRESETS, UserError
+from nanoeemllm.data.images import prepare_image
+from nanoeemllm.paths import make
+from nanoeemllm.prompt import encode_prompt
+from nanoeemllm.weights import chat, folder as model_folder, published
+from nanoeemllm.weights.export import export
+from tests.make_golden import (EXPORTS, GOLDEN, PROBE, SIZES, STRIDE, export_source, exported_files,
+                               picture)
 
 SOURCES = GOLDEN / "sources"
 EXPECTED = load_file(GOLDEN / "expected.safetensors")
 TOLERANCE = 1e-4
 
 
+SCRIPT = Path(nanoeemllm.__file__).parent.parent / "convert_weights.py"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 def convert(*args) -> None:
-    convert_weights.convert(convert_weights.parse([str(arg) for arg in args]))
+    """What the script does, by its flags, without starting a process."""
+    given = [str(arg) for arg in args if arg != "--force"]
+    flags = dict(zip(given[::2], given[1::2], strict=True))
+    out = flags.pop("--out")
+    model_folder.check_replaceable(out, "--force" in args)
+    sources = {kind[2:].replace("-", "_"): value if kind == "--chat-template" else Path(value)
+               for kind, value in flags.items() if kind != "--dtype"}
+    model = published.read(**sources, dtype=DTYPES.get(flags.get("--dtype")))
+    model_folder.save(model.tensors, model.config, model.tokenizer, out)
 
 
 def converted(tmp_path, *args, **load):
@@ -122,9 +140,9 @@ PUBLISHED = {  # config.json of lmsys/vicuna-7b-v1.5, text_config of llava-hf/ll
 
 
 def test_published_llama_configurations():
-    assert llama_config(Path("v"), PUBLISHED["vicuna"]) == PRESETS["eemllm-7b"].llama
-    assert llama_config(Path("l"), PUBLISHED["llava"]) == PRESETS["llava-1.5-7b"].llama
-    small = llama_config(Path("s"), PUBLISHED["smollm2"])
+    assert published.llama_config(Path("v"), PUBLISHED["vicuna"]) == PRESETS["eemllm-7b"].llama
+    assert published.llama_config(Path("l"), PUBLISHED["llava"]) == PRESETS["llava-1.5-7b"].llama
+    small = published.llama_config(Path("s"), PUBLISHED["smollm2"])
     assert (small.head_dim, small.num_key_value_heads, small.rope_theta) == (64, 3, 1e5)
     assert small.tie_word_embeddings
 
@@ -143,15 +161,15 @@ def test_published_llama_configurations():
     ("LlavaForConditionalGeneration", {}, "llava-1.5-7b"),
 ])
 def test_published_vision_configurations(architecture, config, preset, tmp_path):
-    source = object.__new__(convert_weights.Source)
-    source.folder, source.architecture, source.config = tmp_path, architecture, config
-    assert convert_weights.vision_config(source)[0] == PRESETS[preset].vision
+    source = object.__new__(published.Source)
+    source.folder, source.where, source.architecture, source.config = tmp_path, "c", architecture, config
+    assert published.vision_config(source)[0] == PRESETS[preset].vision
 
 
 def test_context_that_holds_the_largest_picture(capsys):
     llama = PRESETS["eemllm-7b"].llama
-    assert convert_weights.with_room_for(PRESETS["eemllm-7b"].vision, llama) == llama
-    assert convert_weights.with_room_for(PRESETS["eemllm-7b-980"].vision, llama) == PRESETS["eemllm-7b-980"].llama
+    assert published.with_room_for(PRESETS["eemllm-7b"].vision, llama) == llama
+    assert published.with_room_for(PRESETS["eemllm-7b-980"].vision, llama) == PRESETS["eemllm-7b-980"].llama
     assert "4900 tokens" in capsys.readouterr().err
 
 
@@ -179,15 +197,15 @@ def test_weights_of_another_type_need_dtype(tmp_path):
 def test_added_tokens_beside_tokenizer_model(tmp_path):
     folder = shutil.copytree(SOURCES / "vicuna", tmp_path / "source")
     (folder / "added_tokens.json").write_text('{"<pad>": 401, "<image>": 400}')
-    tokenizer = convert_weights.read_tokenizer(folder)
+    tokenizer = published.read_tokenizer(folder)
     assert (tokenizer.special_id("<image>"), tokenizer.special_id("<pad>"), tokenizer.vocab_size) == (400, 401, 402)
     (folder / "added_tokens.json").write_text('{"<pad>": 405}')
     with pytest.raises(UserError, match="<pad>"):
-        convert_weights.read_tokenizer(folder)
+        published.read_tokenizer(folder)
 
 
 def test_shards_of_limited_size_load_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(model_folder, "SHARD_BYTES", 20_000)
     model = converted(tmp_path, "--llm", SOURCES / "vicuna")
     files = sorted((tmp_path / "model").glob("model-*.safetensors"))
     assert len(files) > 3 and all(f"of-{len(files):05d}" in file.name for file in files)
@@ -272,16 +290,31 @@ def test_tensors_that_do_not_fit(llm, tmp_path, capsys):
 
 @pytest.mark.parametrize("change, said", [
     ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM is not supported here; supported: LlamaForCausalLM"),
-    ({"architectures": None}, "supported: LlamaForCausalLM"),
+    ({"architectures": None, "model_type": "qwen2"}, "supported: LlamaForCausalLM"),
+    ({"architectures": None, "model_type": ["llama"]}, "supported: LlamaForCausalLM"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
     ({"hidden_act": "gelu"}, "gelu"), ({"attention_bias": True}, "attention_bias"),
     ({"architectures": 3}, "supported: LlamaForCausalLM"), ({"rope_parameters": 3}, "rope_parameters"),
+    ({"num_hidden_layers": 10 ** 12}, "num_hidden_layers"), ({"hidden_size": 1e308}, "hidden_size"),
+    ({"vocab_size": 2 ** 31}, "vocab_size"), ({"rms_norm_eps": 0}, "rms_norm_eps"), ({"head_dim": -8}, "head_dim"),
+    ({"rope_parameters": {"rope_theta": [1]}}, "rope_theta"), ({"rope_parameters": {"rope_type": [1]}}, "not supported"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": {}, "low_freq_factor": 1, "high_freq_factor": 4,
+                          "original_max_position_embeddings": 64}}, "factor"),
     ({"num_attention_heads": "4"}, "num_attention_heads"), ({"num_hidden_layers": 0}, "num_hidden_layers"),
     ({"rope_parameters": {"rope_type": "llama3"}}, "low_freq_factor"), ({"num_key_value_heads": 3}, "3"),
 ])
 def test_unsupported_configuration(change, said, llm, tmp_path, capsys):
     edit(llm / "config.json", lambda config: config.update(change))
     assert said in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 10 ** 12}, {"image_size": 2 ** 20}, {"patch_size": 0.5},
+                                    {"num_attention_heads": 0}, {"layer_norm_eps": 1e300 * 1e8}])
+def test_numbers_of_an_encoder_out_of_range(change, tmp_path, capsys):
+    folder = shutil.copytree(SOURCES / "clip_vision", tmp_path / "vision")
+    edit(folder / "config.json", lambda config: config.update(change))
+    message = refused(capsys, tmp_path / "model", "--llm", SOURCES / "smollm2", "--vision", folder)
+    assert next(iter(change)) in message or "finite" in message
 
 
 def test_broken_json(llm, tmp_path, capsys):
@@ -324,7 +357,7 @@ def test_bins_of_the_oldest_format(tmp_path):
 def test_full_disk(llm, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     assert "No space left on device" in refused(capsys, tmp_path / "model", "--llm", llm)
 
 
@@ -343,30 +376,36 @@ def test_output_that_holds_something(llm, tmp_path, capsys):
 def test_failing_halfway_keeps_the_old_model(llm, tmp_path, capsys, monkeypatch):
     convert("--llm", llm, "--out", tmp_path / "model")
     before = (tmp_path / "model" / "config.json").read_text()
-    monkeypatch.setattr(checkpoint, "_flush", lambda folder: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(files, "flush", lambda folder: (_ for _ in ()).throw(OSError(28, "full")))
     refused(capsys, tmp_path / "model", "--llm", llm, "--dtype", "fp32", "--force")
     assert (tmp_path / "model" / "config.json").read_text() == before
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch):
     """As a user runs it; and arguments that do not go together."""
-    script = Path(convert_weights.__file__)
-
     def run(*args):
-        return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, cwd=tmp_path)
+        return subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True, cwd=tmp_path)
     done = run("--llm", SOURCES / "smollm2", "--out", "new/smollm2")
     assert done.returncode == 0 and "chatml" in done.stdout and (tmp_path / "new/smollm2/tokenizer.json").is_file()
     failed = run("--llm", SOURCES / "nothing", "--out", "other")
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
-    for args in (["--llava", "a", "--llm", "b"], ["--vision", "a"], ["--llava", "a", "--vision", "b"], []):
-        with pytest.raises(UserError, match="give either|required"):
-            convert_weights.parse([*args, "--out", "other"])
+    script = runpy.run_path(str(SCRIPT))
+    for args in (["--llava", "a", "--llm", "b"], ["--vision", "a"], ["--llava", "a", "--vision", "b"], [],
+                 ["--to-hf", "a", "--llm", "b"], ["--to-hf", "a", "--vision", "b"], ["--to-hf", "a", "--force"]):
+        monkeypatch.setattr(sys, "argv", ["convert_weights.py", *args, "--out", "other"])
+        with pytest.raises(UserError, match="give either|required|--to-hf writes"):
+            script["parse"]()
+    assert run("--llm", SOURCES / "smollm2", "--out", "new/smollm2").stderr.count("--force") == 1
+    done = run("--to-hf", "new/smollm2", "--out", "out")
+    assert done.returncode == 0 and "LlamaForCausalLM" in done.stdout and (tmp_path / "out/config.json").is_file()
+    failed = run("--to-hf", "new/smollm2", "--out", "out")
+    assert failed.returncode == 2 and "out is there already" in failed.stderr
 
 
 @pytest.mark.parametrize("path, new, left_out", [("saisa", 12, 4), ("flamingo", 12, 0)])
 def test_another_path_with_weights_of_its_own_begins_at_random(path, new, left_out, tmp_path):
     convert("--llava", SOURCES / "llava", "--out", tmp_path / "model")
-    path = VisualPathConfig(path, every=3)
+    path = make(path, **({"every": 3} if path == "flamingo" else {}))
     with pytest.raises(UserError, match=f"trained as llava; {path.name} as asked for has other weights"):
         nanoeemllm.load(tmp_path / "model", device="cpu", visual_path=path)
     old = nanoeemllm.load(tmp_path / "model", device="cpu").state_dict()
@@ -377,9 +416,9 @@ def test_another_path_with_weights_of_its_own_begins_at_random(path, new, left_o
 
 
 @pytest.mark.parametrize("path", [
-    "naavit", VisualPathConfig("yopo", last_visual_layer=2, prune_heads=1),
-    VisualPathConfig("eemllm-f", composite_layers=(1, 2)), VisualPathConfig("saisa"),
-    VisualPathConfig("flamingo", every=3)])
+    "naavit", make("yopo", last_visual_layer=2, prune_heads=1),
+    make("eemllm-f", composite_layers=(1, 2)), make("saisa"),
+    make("flamingo", every=3)])
 def test_every_visual_path_loads_and_answers(path, tmp_path):
     convert("--llava", SOURCES / "llava", "--out", tmp_path / "model")
     model = nanoeemllm.load(tmp_path / "model", "cpu", torch.float32, path, new_parts=True)
@@ -394,7 +433,7 @@ def test_every_visual_path_loads_and_answers(path, tmp_path):
     (lambda folder: (folder / "config.json").unlink(), "config.json"),
     (lambda folder: edit(folder / "config.json", lambda c: c["llama"].update(num_hidden_layers=3)), "9 missing"),
     (lambda folder: edit(folder / "config.json", lambda c: c.update(wings=2)), "wings"),
-    (lambda folder: edit(folder / checkpoint.INDEX, lambda i: i["weight_map"].update(x="../x")), "../x"),
+    (lambda folder: edit(folder / model_folder.INDEX, lambda i: i["weight_map"].update(x="../x")), "../x"),
     (lambda folder: next(folder.glob("model-*.safetensors")).write_bytes(b"123"), "cut off"),
     (lambda folder: next(folder.glob("model-*.safetensors")).unlink(), "no such file"),
 ])
@@ -410,15 +449,232 @@ def test_odd_added_tokens_are_refused(tmp_path, about):
     folder = shutil.copytree(SOURCES / "vicuna", tmp_path / "source")
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": about}))
     with pytest.raises(UserError, match="added token's id and text"):
-        convert_weights.read_tokenizer(folder)
+        published.read_tokenizer(folder)
 
 
 def test_an_added_token_that_is_not_special_is_read_and_said(tmp_path):
     folder = shutil.copytree(SOURCES / "vicuna", tmp_path / "source")
     for file in ("tokenizer_config.json", "added_tokens.json"):
         (folder / file).unlink(missing_ok=True)
-    new = convert_weights.read_tokenizer(folder).vocab_size
+    new = published.read_tokenizer(folder).vocab_size
     added = {str(new): {"content": "<tool>", "special": False}, str(new + 1): {"content": "<end>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
-    tokenizer = convert_weights.read_tokenizer(folder)
+    tokenizer = published.read_tokenizer(folder)
     assert new in tokenizer.encode("a <tool> b") and "<tool>" in tokenizer.decode([new]) and tokenizer.decode([new + 1]) == ""
+
+
+# ---- what a checkpoint says about itself ----
+
+
+def test_model_type_names_the_architecture_where_nothing_else_does(llm, tmp_path):
+    edit(llm / "config.json", lambda config: config.pop("architectures"))
+    model = converted(tmp_path, "--llm", llm)
+    assert difference(model.logits(EXPECTED["smollm2.ids"].tolist()), EXPECTED["smollm2.logits"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("files, ids", [
+    ({"generation_config": {"eos_token_id": [4, 1]}, "config": {"eos_token_id": 3}}, (4, 1)),
+    ({"generation_config": {"eos_token_id": 7}}, (7,)),
+    ({"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": 3}}, (3,)),
+    ({"generation_config": {}, "config": {"eos_token_id": None},
+      "tokenizer_config": {"eos_token": "<|im_end|>"}}, (2,)),
+    ({"generation_config": {}, "config": {"eos_token_id": 10 ** 5},           # no such token
+      "tokenizer_config": {"eos_token": {"content": "<|im_start|>"}}}, (1,)),
+    ({"generation_config": {}, "config": {"eos_token_id": None}}, (0,)),      # by name: <|endoftext|>
+])
+def test_end_tokens(files, ids, llm, tmp_path):
+    for name, data in files.items():
+        path = llm / f"{name}.json"
+        old = json.loads(path.read_text()) if name == "config" else {}
+        path.write_text(json.dumps(old | data))
+    convert("--llm", llm, "--out", tmp_path / "model")
+    model = nanoeemllm.load(tmp_path / "model", device="cpu")
+    assert model.config.eos_token_ids == model.tokenizer.eos_ids == ids
+    assert model.tokenizer.stop_ids("chatml") == {*ids, 2}
+
+
+def test_an_end_token_of_an_unknown_name(llm, tmp_path):
+    text = (llm / "tokenizer.json").read_text().replace("<|endoftext|>", "<|fin|>").replace("<|im_end|>", "<|stop|>")
+    (llm / "tokenizer.json").write_text(text)
+    convert("--llm", llm, "--out", tmp_path / "model", "--chat-template", "vicuna_v1")
+    assert nanoeemllm.load(tmp_path / "model", device="cpu").tokenizer.eos_id == 2
+    (llm / "generation_config.json").unlink()
+    edit(llm / "config.json", lambda config: config.pop("eos_token_id"))
+    with pytest.raises(UserError, match="none of the end tokens"):
+        convert("--llm", llm, "--out", tmp_path / "other", "--chat-template", "vicuna_v1")
+
+
+@pytest.mark.parametrize("about, bos", [({}, 0), ({"add_bos_token": True}, 3), ({"add_bos_token": False}, None)])
+def test_bos(about, bos, tmp_path):
+    folder = shutil.copytree(SOURCES / "llama3", tmp_path / "source")
+    (folder / "generation_config.json").write_text('{"bos_token_id": 3}')
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    convert("--llm", folder, "--out", tmp_path / "model")
+    assert nanoeemllm.load(tmp_path / "model", device="cpu").tokenizer.bos_id == bos
+
+
+@pytest.mark.parametrize("file, change", [
+    ("generation_config.json", {"eos_token_id": -1}), ("generation_config.json", {"eos_token_id": ["2"]}),
+    ("generation_config.json", {"eos_token_id": True}), ("tokenizer_config.json", {"add_bos_token": 1}),
+    ("config.json", {"rope_scaling": 3}), ("config.json", {"rope_parameters": None, "rope_scaling": {"type": []}}),
+])
+def test_odd_words_about_tokens_are_refused(file, change, llm, tmp_path, capsys):
+    old = json.loads((llm / file).read_text()) if (llm / file).exists() else {}
+    (llm / file).write_text(json.dumps(old | change))
+    if "rope_scaling" in change and "rope_parameters" not in change:
+        edit(llm / file, lambda config: config.pop("rope_parameters"))
+    assert file in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+KNOWN = json.loads((GOLDEN / "templates.json").read_text())
+
+
+@pytest.mark.parametrize("where", KNOWN)
+def test_a_known_chat_template_writes_what_ours_does(where):
+    """What Jinja made of a probe conversation, against our prompt of it, special tokens and all."""
+    known = KNOWN[where]
+    source = {"chatml": "smollm2", "llama3": "llama3"}.get(known["ours"], "vicuna")
+    tokenizer = published.read_tokenizer(SOURCES / source)
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": names[role], "value": text} for role, text in PROBE]
+    written = tokenizer._tokenizer.decode(encode_prompt(tokenizer, turns, known["ours"]), skip_special_tokens=False)
+    if where.startswith("llava"):                    # its template leaves the end token out
+        written = written.replace("<s>", "").replace("</s>", "")
+    theirs = known["writes"].replace("<s>", "<|begin_of_text|>") if source == "llama3" else known["writes"]
+    assert "".join(theirs.split()) == "".join(written.split())
+    assert chat.fingerprint(known["template"]) == known["fingerprint"]
+    assert where.startswith("our ") or chat.KNOWN[known["fingerprint"]] == known["ours"]
+
+
+@pytest.mark.parametrize("keep", ["jinja", "json", "config"])
+def test_the_chat_template_is_the_folders_own(keep, llm, tmp_path, capsys):
+    text = KNOWN["SmolLM2-Instruct"]["template"].replace("\\n", "\n")          # raw newlines, as some copies have
+    name = {"jinja": "chat_template.jinja", "json": "chat_template.json"}.get(keep, "tokenizer_config.json")
+    (llm / name).write_text(text if keep == "jinja" else json.dumps({"chat_template": text}))
+    convert("--llm", llm, "--out", tmp_path / "model")
+    assert model_folder.read_config(tmp_path / "model").chat_template == "chatml"
+    (llm / name).write_text("{{ raise }}" if keep == "jinja" else json.dumps({"chat_template": "{{ raise }}"}))
+    assert "--chat-template" in refused(capsys, tmp_path / "other", "--llm", llm)
+    (llm / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "default"}]}))
+    assert "--chat-template" in refused(capsys, tmp_path / "other", "--llm", llm)
+    convert("--llm", llm, "--out", tmp_path / "other", "--chat-template", "plain")
+
+
+def test_a_template_that_does_not_fit_the_tokenizer(llm, tmp_path, capsys):
+    assert "<|start_header_id|>" in refused(capsys, tmp_path / "model", "--llm", llm, "--chat-template", "llama3")
+    (llm / "chat_template.jinja").write_text(KNOWN["Meta-Llama-3-Instruct"]["template"])
+    assert "<|start_header_id|>" in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+# ---- out again ----
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_out_and_in_again(name, tmp_path, capsys):
+    """What transformers was given when it computed the golden logits, which ours equal under llava."""
+    model, out = export_source(name, tmp_path)
+    assert exported_files(out) == json.loads((GOLDEN / "exported.json").read_text())[name]
+    has_vision = model_folder.read_config(model).vision is not None
+    notes = capsys.readouterr().err
+    assert ("LLaVA's attention" in notes) == (name in ("siglip", "clip"))
+    ours = nanoeemllm.load(model, "cpu", torch.float32, visual_path="llava" if has_vision else None)
+    ids = EXPECTED[f"export.{name}.ids"].tolist()
+    images = [picture(60 + 50 * i, 90) for i in range(ids.count(-200))]
+    assert difference(ours.logits(ids, images), EXPECTED[f"export.{name}.logits"]) <= TOLERANCE
+
+    convert("--llava" if has_vision else "--llm", out, "--out", tmp_path / "again")
+    before, after = (nanoeemllm.load(x, "cpu", visual_path="llava") for x in (model, tmp_path / "again"))
+    new, old = after.state_dict(), before.state_dict()
+    assert new.keys() == old.keys()
+    for key, x in old.items():
+        assert x.dtype == new[key].dtype and torch.equal(x, new[key][:len(x)]), key
+    rows = {"siglip": 331, "clip": 401}.get(name, before.config.llama.vocab_size)        # <image> is new
+    llama = dataclasses.replace(before.config.llama, vocab_size=rows)
+    assert after.config == dataclasses.replace(before.config, llama=llama)
+    text = "A cat, na\u00efve."
+    assert after.tokenizer.encode(text, bos=True) == before.tokenizer.encode(text, bos=True)
+    with pytest.raises(UserError, match="model folder of ours"):
+        convert("--llm", model, "--out", tmp_path / "third")
+
+
+def test_new_rows_are_never_the_likeliest(tmp_path):
+    model, out = export_source("siglip", tmp_path)
+    convert("--llava", out, "--out", tmp_path / "again")
+    logits = nanoeemllm.load(tmp_path / "again", "cpu", torch.float32).logits([5, 6, 7])
+    assert (logits[:, :330].max(1).values > logits[:, 330]).all()
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"visual_path": {"name": "saisa"}}, "saisa"), ({"visual_path": {"name": "flamingo", "every": 3}}, "flamingo"),
+    ({"vision": {"resize": "native"}}, "aspect ratio"), ({"vision": {"resize": "square"}}, "not square"),
+])
+def test_what_the_layout_cannot_say(change, said, tmp_path):
+    convert("--llava", SOURCES / "llava", "--out", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    for key, value in change.items():
+        config[key] |= value
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=said):
+        export(tmp_path / "model", tmp_path / "out")
+    with pytest.raises(UserError, match="no model folder"):
+        export(SOURCES / "llava", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="there already"):
+        export(tmp_path / "model", tmp_path / "out")
+
+
+# ---- special files, empty tensors, hostile tokenizers ----
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", INDEX, SHARD,
+                                  "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+def test_special_files_of_a_source(file, kind, llm, tmp_path, capsys):
+    (llm / file).unlink(missing_ok=True)
+    make = {"fifo": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}
+    make[kind](llm / file)
+    assert file in refused(capsys, tmp_path / "model", "--llm", llm)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model-00001-of-00001.safetensors"])
+def test_special_files_of_a_model_folder(file, tmp_path):
+    convert("--llm", SOURCES / "smollm2", "--out", tmp_path / "model")
+    (tmp_path / "model" / file).unlink()
+    os.mkfifo(tmp_path / "model" / file)
+    with pytest.raises(UserError, match="not a regular file"):
+        nanoeemllm.load(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_an_extra_tensor_is_refused_even_when_it_is_empty(indexed, tmp_path):
+    convert("--llm", SOURCES / "smollm2", "--out", tmp_path / "model")
+    file = tmp_path / "model/model-00001-of-00001.safetensors"
+    save_file(load_file(file) | {"decoder.extra": torch.zeros(0)}, file)
+    if indexed:
+        edit(tmp_path / "model" / INDEX, lambda index: index["weight_map"].update({"decoder.extra": file.name}))
+    with pytest.raises(UserError, match="1 unexpected: decoder.extra"):     # held in a file, said in the index or not
+        nanoeemllm.load(tmp_path / "model", device="cpu")
+
+
+HOSTILE = {     # the library raises on three, and panics on four, on loading or on the first text
+    "no such merge": lambda data: data["model"].update(merges=[["\u0000", "?"]]),
+    "no unknown token": lambda data: data["model"].update(unk_token="<none>", vocab={"<|endoftext|>": 0}, merges=[]),
+    "an unknown kind": lambda data: data.update(normalizer={"type": "Mystery"}),
+    "a broken character map": lambda data: data.update(normalizer={
+        "type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}),
+    "a replacement of nothing": lambda data: data.update(normalizer={
+        "type": "Replace", "pattern": {"String": ""}, "content": "x"}),
+    "a strip without end": lambda data: data.update(decoder={
+        "type": "Strip", "content": "a", "start": 10 ** 9, "stop": 10 ** 9}),
+    "chunks of nothing": lambda data: data.update(pre_tokenizer={"type": "FixedLength", "length": 0}),
+    "a giant id": lambda data: data["model"]["vocab"].update({"zz": 2 ** 32 - 1}),
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_hostile_tokenizers(how, llm, tmp_path, capfd):
+    edit(llm / "tokenizer.json", HOSTILE[how])
+    with pytest.raises(UserError) as error:
+        convert("--llm", llm, "--out", tmp_path / "model")
+    assert "tokenizer.json" in str(error.value) and "\n" not in str(error.value)
+    assert not capfd.readouterr().err

@@ -3,6 +3,11 @@
 import dataclasses
 import json
 import math
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +15,12 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer as Words, models, pre_tokenizers
 
-from nanoeemllm import conversations
 from nanoeemllm.config import IMAGE_TOKEN, PRESETS, UserError, VisionConfig
-from nanoeemllm.conversations import ConversationFile, describe_problems
-from nanoeemllm.data import (Loader, Mixture, Plan, count_tokens, deal, encode_sample, open_mixture, patch_grid,
-                             token_cost)
-from nanoeemllm.image import prepare_image
-from nanoeemllm.prompt import Tokenizer
+from nanoeemllm.data import ConversationFile, Loader, Mixture, Plan, conversations, count_tokens, encode_sample, open_mixture
+from nanoeemllm.data.packing import assign_to_ranks, patch_grid
+from nanoeemllm.data.images import prepare_image
+from nanoeemllm.weights.tokenizer import Tokenizer
+from nanoeemllm.data.cost import sample_cost
 
 VISION = VisionConfig(patch_size=4, image_size=32, min_image_size=8, resize="native")
 
@@ -36,6 +40,9 @@ def images(tmp_path):
     (folder / "sub").mkdir(parents=True)
     for name, size in (("a.png", (24, 16)), ("sub/b.jpg", (16, 60)), ("grüße.png", (9, 9))):
         Image.new("RGB", size, "red").save(folder / name)
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "secret.png").write_bytes(b"")
+    (folder / "link").symlink_to(tmp_path / "elsewhere" / "deep")
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     return folder
 
@@ -91,6 +98,7 @@ BAD = {
     "'../a.png' is outside of the image folder": picture_entry(0, "../a.png"),
     "'sub/../../a.png' is outside of the image folder": picture_entry(0, "sub/../../a.png"),
     "'/etc/hostname' is outside of the image folder": picture_entry(0, "/etc/hostname"),
+    "'link/../secret.png' is outside of the image folder": picture_entry(0, "link/../secret.png"),
     "'none.png' does not exist": picture_entry(0, "none.png"),
 }
 
@@ -109,7 +117,7 @@ def test_a_broken_line_is_reported_and_ten_are_listed(tmp_path, images):
     path = write(tmp_path / "d.jsonl", [picture_entry(i) for i in range(3)], lines=True)
     path.write_text(path.read_text() + "\n" + '{"id": "half", "conv\n' * 14)
     source = ConversationFile(path, images)
-    report = describe_problems(source)
+    report = source.describe_problems()
     assert "14 of 17 conversations cannot be used" in report[0] and report[1].startswith("  line 4: not valid JSON")
     assert len(report) == 12 and report[-1] == "  ... and 4 more"
 
@@ -147,9 +155,9 @@ def test_sample_from_file_and_from_picture_are_the_same(tmp_path, images, tokeni
     sample = encode_sample(source[0], tokenizer, "vicuna_v1", VISION, 500)
     with Image.open(images / "sub/b.jpg") as picture:
         same = encode_sample(source[0] | {"image": picture}, tokenizer, "vicuna_v1", VISION, 500)
-    assert (sample.ids, sample.learned, sample.key, sample.cut) == (same.ids, same.learned, "s0", False)
+    assert (sample.ids, sample.loss_mask, sample.key, sample.cut) == (same.ids, same.loss_mask, "s0", False)
     assert torch.equal(sample.images[0][0], same.images[0][0]) and sample.images[0][1] == same.images[0][1] == (8, 2)
-    assert count_tokens(source[0], tokenizer, "vicuna_v1", VISION, 500) == (len(sample.ids) - 1, [16])
+    assert count_tokens(source[0], tokenizer, "vicuna_v1", VISION, 500) == (len(sample.ids) - 1, 16)
 
 
 def test_long_samples_are_cut_after_an_answer(images, tokenizer):
@@ -163,7 +171,7 @@ def test_long_samples_are_cut_after_an_answer(images, tokenizer):
         lengths.append(len(whole.ids) + 15 * len(whole.images))
         for most in (lengths[-1], lengths[-1] + 1):
             sample = encode_sample(entry, tokenizer, "vicuna_v1", VISION, most)
-            assert sample.ids == whole.ids and sample.learned == whole.learned and sample.cut == (rounds < 3)
+            assert sample.ids == whole.ids and sample.loss_mask == whole.loss_mask and sample.cut == (rounds < 3)
             assert len(sample.images) == sample.ids.count(IMAGE_TOKEN) == (2 if rounds == 3 else 1)
     assert len(encode_sample(entry, tokenizer, "vicuna_v1", VISION, lengths[2] - 1).images) == 1  # never half a picture
     with pytest.raises(UserError, match="first question and answer alone"):
@@ -243,10 +251,10 @@ def test_plan_is_the_same_for_any_number_of_processes_and_from_any_step(length, 
 
 def paper_costs(rng, config, count):
     """47% text alone, log-normal lengths; 53% with a picture, and with one in five of those another size."""
-    cost = token_cost(config)
+    cost = sample_cost(config)
     text = rng.lognormal(5.5, 0.8, count).clip(20, 3000).astype(int)
     visual = np.where(rng.random(count) < 0.2, 70 * rng.integers(27, 70, count), 4900)
-    return np.array([cost(int(t), [int(v)] if rng.random() < 0.53 else []) for t, v in zip(text, visual)])
+    return np.array([cost(int(t), int(v) if rng.random() < 0.53 else 0) for t, v in zip(text, visual)])
 
 
 @pytest.mark.parametrize("world", [2, 4, 8, 16])
@@ -261,7 +269,7 @@ def test_ranks_work_alike_on_the_papers_mix(world):
     work, waiting, fill = [], [], []
     for _, indices, step_costs in plan.steps(0, 40):
         assert np.array_equal(step_costs, costs[indices])
-        dealt = [[step_costs[ranks].sum() for ranks in micro_batch] for micro_batch in deal(step_costs, world, 16384)]
+        dealt = [[step_costs[ranks].sum() for ranks in micro_batch] for micro_batch in assign_to_ranks(step_costs, world, 16384)]
         dealt = np.array(dealt)                                            # (micro-batches, ranks)
         work.append(1 - dealt.sum(0).min() / dealt.sum(0).max())
         waiting.append(1 - dealt.mean() / dealt.max(1).mean())             # ranks meet at every micro-batch
@@ -275,7 +283,7 @@ def test_ranks_work_alike_on_the_papers_mix(world):
 
 def test_too_few_samples_for_the_processes():
     with pytest.raises(UserError, match="larger --batch-size"):
-        deal(np.ones(3), 4, None)
+        assign_to_ranks(np.ones(3), 4, None)
 
 
 def test_odd_entries_of_a_list_are_told_and_left_out(tmp_path):
@@ -302,11 +310,11 @@ def test_token_cost_counts_the_work_of_the_paths():
     config = dataclasses.replace(tiny, llama=dataclasses.replace(tiny.llama, intermediate_size=384, num_hidden_layers=4,
                                                                  num_key_value_heads=2))
     row, pair = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 384, 2 * 128
-    assert token_cost(config)(1, []) == pytest.approx(1 + pair / row)
+    assert sample_cost(config)(1, 0) == pytest.approx(1)
     text = 4 * (10 * row + pair * (10 * 11 / 2 + 10 * 64))
     visual = 64 * (4 * 2 * 128 * 64 + 3 * (128 * 128 + 3 * 128 * 384) + 128 * (128 + 128))
     encoder = 64 * 192 * 128 + 3 * (64 * (4 * 128 ** 2 + 2 * 128 * 384) + pair * 64 ** 2)
-    assert token_cost(config)(10, [64]) == pytest.approx((text + visual + encoder / 3) / (4 * row))
+    assert sample_cost(config)(10, 64) == pytest.approx((text + visual + encoder / 3) / (4 * (row + pair)))
 
 
 # ---- loading ----
@@ -318,7 +326,7 @@ def world(tmp_path, images, tokenizer):
     entries[10]["image"] = entries[11]["image"] = "broken.png"
     data = Mixture([ConversationFile(write(tmp_path / "d.json", entries), images)])
     settings = (tokenizer, "vicuna_v1", VISION, 75)
-    cost = lambda conversation: token_cost(PRESETS["tiny"])(*count_tokens(conversation, *settings))
+    cost = lambda conversation: sample_cost(PRESETS["tiny"])(*count_tokens(conversation, *settings))
     return data, cost, lambda conversation: encode_sample(conversation, *settings)
 
 
@@ -334,7 +342,7 @@ def test_loader_gives_the_same_batches_for_any_number_of_workers_and_reports_the
     for one, other in zip(*runs, strict=True):
         for name in ("step", "last", "keys", "bad", "cut"):
             assert getattr(one, name) == getattr(other, name)
-        for field in ("ids", "patches", "learned_rows", "targets"):
+        for field in ("ids", "patches", "target_rows", "targets"):
             assert torch.equal(getattr(one.batch, field), getattr(other.batch, field))
         assert one.batch.layout.grids == other.batch.layout.grids
     run = runs[0]
@@ -363,4 +371,45 @@ def test_real_tokens_are_all_there_is(world):
         samples = [encode(data[i]) for i in range(len(data)) if data[i]["id"] in packed.keys]
         assert len(packed.batch.ids) == sum(len(s.ids) - len(s.images) for s in samples)
         assert len(packed.batch.patches) == sum(math.prod(grid) for s in samples for _, grid in s.images)
-        assert len(packed.batch.targets) == sum(map(sum, (s.learned for s in samples)))
+        assert len(packed.batch.targets) == sum(map(sum, (s.loss_mask for s in samples)))
+
+
+# ---- processes ----
+
+def test_a_loader_ends_its_processes_and_no_others_and_only_its_parent_ends_them(world):
+    data, cost, encode = world
+    other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    other.start()
+    with Loader(Plan(data, 12, 0, cost, budget=400, workers=2), encode, 0, 5) as loader:
+        batches = iter(loader)
+        first = next(batches)
+        workers = [child for child in multiprocessing.active_children() if child is not other]
+        assert len(workers) == 3                                       # two that pack, one that measures costs
+        subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)])
+        subprocess.run(["kill", "-INT", *(str(worker.pid) for worker in workers)])
+        assert first.step == 0 and sum(packed.last for packed in [first, *batches]) == 5
+    with Loader(Plan(data, 12, 0, cost, budget=400, workers=2), encode, 0, 5) as loader:
+        next(iter(loader))
+    deadline = time.time() + 20
+    while multiprocessing.active_children() != [other] and time.time() < deadline:
+        time.sleep(0.01)
+    assert multiprocessing.active_children() == [other]
+    other.kill()
+    other.join()
+
+
+FORGETFUL = """
+import atexit, signal
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
+from nanoeemllm.data import Loader, Mixture, Plan, Sample
+assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
+data = Mixture([[{"id": "a"}] * 1000])
+loader = Loader(Plan(data, 10, 0, workers=2), lambda conversation: Sample([1, 2], [False, True], [], "a"), 0, 100)
+batches = iter(loader)
+print(next(batches).keys[0])
+"""
+
+
+def test_importing_changes_no_signal_and_a_forgotten_loader_ends_with_its_program():
+    done = subprocess.run([sys.executable, "-c", FORGETFUL], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "a\n"), done.stderr

@@ -15,12 +15,13 @@ import tokenizers
 from PIL import Image
 
 from nanoeemllm.config import IMAGE_TOKEN, LlamaConfig, ModelConfig, UserError, VisionConfig
+from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.evaluation import __main__ as command
 from nanoeemllm.evaluation import evaluate_rows, summarize, table
 from nanoeemllm.evaluation.benchmark import TSV, as_list, detect, read_answers, write_answers
 from nanoeemllm.evaluation.questions import answers, prepare, prompt_of
 from nanoeemllm.paths import PATHS
-from nanoeemllm.prompt import Tokenizer
+from nanoeemllm.weights.tokenizer import Tokenizer
 from nanoeemllm.toy.report import compare, majority, shuffled
 from nanoeemllm.weights.folder import read_config
 
@@ -352,7 +353,7 @@ def test_the_whole_command_on_a_real_model_split_over_processes(tmp_path):
     config = dataclasses.replace(config, llama=dataclasses.replace(config.llama, vocab_size=258))
     torch.manual_seed(0)
     model = EEMLLM(config, tokenizer)
-    model.initialize()
+    initialize(model)
     save(model.state_dict(), config, tokenizer, tmp_path / "model")
     export_tsv(WorldConfig(), tmp_path / "world.tsv", 9)
     flags = ["--weights", str(tmp_path / "model"), "--tsv", str(tmp_path / "world.tsv"), "--max-new-tokens", "4",

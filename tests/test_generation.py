@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from nanoeemllm.config import IMAGE_TOKEN as IMAGE
+from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.cache import KVCache, gather_images
 from nanoeemllm.config import PRESETS, UserError
-from nanoeemllm.generate import Sampling, StopRule, choose, stream_text
+from nanoeemllm.generate import Sampling, StopRule, choose
 from nanoeemllm.layout import build_layout
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.paths import make
-from nanoeemllm.prompt import Tokenizer
+from nanoeemllm.weights.tokenizer import Tokenizer, stream_text
 from nanoeemllm.toy.world import make_tokenizer
 from test_model import picture
 
@@ -32,7 +33,7 @@ def make_model(path="eemllm", dtype=torch.float32, layers=4, spread=8) -> EEMLLM
     model = EEMLLM(dataclasses.replace(tiny, visual_path=PATHS.get(path, make(path)),
                                        llama=dataclasses.replace(tiny.llama, num_hidden_layers=layers),
                                        vision=dataclasses.replace(tiny.vision, num_hidden_layers=1)))
-    model.initialize()
+    initialize(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.mul_(spread if p.dim() > 1 else 1)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from nanoeemllm.config import PRESETS, UserError, VisionConfig
-from nanoeemllm.image import load_image, native_size, prepare_image, to_rgb
+from nanoeemllm.data.images import load_image, native_size, prepare_image, to_rgb
 
 SQUARE, NATIVE, PAD = (PRESETS[name].vision for name in ("eemllm-7b", "eemllm-7b-980", "llava-1.5-7b"))
 RED, GREEN = (255, 0, 0), (0, 255, 0)

@@ -10,10 +10,12 @@ from PIL import Image
 
 from layouts import random_layout, rows_of, seeded
 from nanoeemllm.config import IMAGE_TOKEN, PRESETS, UserError
+from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.data import Sample
 from nanoeemllm.data.images import prepare_image
 from nanoeemllm.layout import build_layout
-from nanoeemllm.model import EEMLLM, collate
+from nanoeemllm.data import collate
+from nanoeemllm.model import EEMLLM
 from nanoeemllm.paths import make
 from nanoeemllm.vision import VisionTransformer, position_index
 
@@ -24,7 +26,7 @@ def make_model(path="eemllm", dtype=torch.float64) -> EEMLLM:
     model = EEMLLM(dataclasses.replace(tiny, visual_path=make(path),
                                        llama=dataclasses.replace(tiny.llama, num_hidden_layers=2),
                                        vision=dataclasses.replace(tiny.vision, num_hidden_layers=1)))
-    model.initialize()
+    initialize(model)
     return model.to(dtype)
 
 
@@ -35,7 +37,7 @@ def test_initialize_sets_every_parameter(path):
     made, model = EEMLLM(config), EEMLLM(config)
     for p in model.parameters():
         p.data.fill_(torch.nan)
-    model.initialize()
+    initialize(model)
     for (name, p), usual in zip(model.named_parameters(), made.parameters()):
         assert p.isfinite().all() and (p.dim() > 1 or name.endswith("bias") or torch.equal(p, usual)), name
 
@@ -165,7 +167,7 @@ def test_a_patch_takes_the_position_at_its_fraction_of_the_side():
 
 
 def test_images_and_ids_come_as_a_user_has_them(tmp_path):
-    from nanoeemllm.prompt import Tokenizer
+    from nanoeemllm.weights.tokenizer import Tokenizer
     from nanoeemllm.toy.world import make_tokenizer
     model = make_model(dtype=torch.float32)
     model.tokenizer = Tokenizer(make_tokenizer())

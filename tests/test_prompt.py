@@ -10,8 +10,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from nanoeemllm.config import IMAGE_TOKEN, UserError
-from nanoeemllm.prompt import TEMPLATES, Tokenizer, encode_conversation, encode_prompt, encode_text
-from nanoeemllm.sentencepiece import read_sentencepiece
+from nanoeemllm.paths import make
+from nanoeemllm.prompt import TEMPLATES, encode_conversation, encode_prompt, encode_text
+from nanoeemllm.weights.tokenizer import Tokenizer
+from nanoeemllm.weights.sentencepiece import read_sentencepiece
 from tests.make_golden import CONVERSATIONS, GOLDEN, SYSTEM
 
 SOURCES = GOLDEN / "sources"

@@ -17,8 +17,9 @@ from PIL import Image
 
 import sample
 from nanoeemllm.config import PRESETS, UserError
+from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.prompt import Tokenizer
+from nanoeemllm.weights.tokenizer import Tokenizer
 from nanoeemllm.toy.world import make_tokenizer
 from nanoeemllm.weights.folder import save
 from test_model import picture
@@ -37,7 +38,7 @@ def place(tmp_path_factory):
     torch.manual_seed(0)
     for name, one in (("finetune", config), ("text", dataclasses.replace(config, vision=None)), ("backbone", config)):
         model = EEMLLM(one)
-        model.initialize()
+        initialize(model)
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(8 if p.dim() > 1 else 1)

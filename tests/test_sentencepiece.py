@@ -5,8 +5,8 @@ import json
 import pytest
 
 from nanoeemllm.config import UserError
-from nanoeemllm.prompt import Tokenizer
-from nanoeemllm.sentencepiece import read_sentencepiece
+from nanoeemllm.weights.tokenizer import Tokenizer
+from nanoeemllm.weights.sentencepiece import read_sentencepiece
 from tests.make_golden import GOLDEN
 
 MODELS = {"vicuna": GOLDEN / "sources/vicuna/tokenizer.model", "no_prefix": GOLDEN / "no_prefix.model",

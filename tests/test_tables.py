@@ -20,7 +20,7 @@ from nanoeemllm.model import EEMLLM
 from nanoeemllm.toy import WorldConfig, tables
 from nanoeemllm.toy.backbones import tiny_config, tiny_tokenizer
 from nanoeemllm.toy.tables import TABLES, add_results, draw, main, plot, read_results, stretch, time_prefills
-from nanoeemllm.training.initialize import initialize
+from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.weights.folder import save
 
 PACKAGE = Path(nanoeemllm.__file__).parent

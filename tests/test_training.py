@@ -1,9 +1,11 @@
 """The training loop on one process: what is learned, and that nothing is lost, whatever happens."""
 
+import itertools
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -11,13 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from nanoeemllm import checkpoint, training
+from nanoeemllm.weights import folder as weights
 from nanoeemllm.config import IMAGE_TOKEN, UserError
 from nanoeemllm.data import Loader, Packed, Sample
-from nanoeemllm.distributed import is_whole
-from nanoeemllm.model import collate
-from nanoeemllm.run import Run
-from nanoeemllm.training import Seen, TrainConfig, accumulate, learning_rate
+from nanoeemllm.data import collate
+from nanoeemllm.training.config import TrainConfig, learning_rate, make_optimizer, trained_parameters, training_state
+from nanoeemllm.training.distributed import is_whole, save_state
+from nanoeemllm.training.run_folder import RunFolder
+from nanoeemllm.training.step import OnOneProcess, StepMetrics, Stopped
+from test_border import killed_at
+from train import accumulate
 from tiny_run import (ALONE, Talks, encode, gradients, in_processes, metrics, start, tensors, tiny_config, tiny_model,
                       tiny_plan, tiny_run)
 
@@ -30,8 +35,8 @@ def test_gradients_equal_an_unpacked_loop_in_float64(stage, path, settings):
     """A sample at a time, its loss written out over all of its logits."""
     packed = list(Loader(tiny_plan(budget=3), encode, 0, 1))
     model = tiny_model(path, stage, **settings).double()
-    seen, _ = accumulate(model, packed, stage)
-    found = {name: grad / seen.learned for name, grad in gradients(model).items()}
+    seen, _ = accumulate(model, packed, backward=True)
+    found = {name: grad / seen.targets for name, grad in gradients(model).items()}
 
     slow = tiny_model(path, stage, **settings).double()
     total, count = 0.0, 0
@@ -40,13 +45,13 @@ def test_gradients_equal_an_unpacked_loop_in_float64(stage, path, settings):
         batch = collate([sample])
         hidden = slow.decoder(batch.ids, slow.visual_tokens(batch.patches, batch.layout.grids), batch.layout)
         log_p = slow.decoder.logits(hidden).log_softmax(-1)
-        words = [(i, learned) for i, learned in zip(sample.ids, sample.learned) if i != IMAGE_TOKEN]
+        words = [(i, learned) for i, learned in zip(sample.ids, sample.loss_mask) if i != IMAGE_TOKEN]
         for row, (word, learned) in enumerate(words[1:]):
             if learned:
                 total, count = total - log_p[row, word], count + 1
     (total / count).backward()
 
-    assert count == seen.learned and seen.mean_loss == pytest.approx((total / count).item(), rel=1e-6)
+    assert count == seen.targets and seen.mean_loss == pytest.approx((total / count).item(), rel=1e-6)
     expected = gradients(slow)
     assert found.keys() == expected.keys() == {name for name, p in slow.named_parameters() if p.requires_grad}
     for name in found:
@@ -173,7 +178,7 @@ def test_resuming_is_bit_identical_and_keeps_two_checkpoints(tmp_path):
                     os.kill(os.getpid(), signal.SIGINT)
                 yield p
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(training.Stopped, match="after step 11 of 20.*--resume"):
+    with pytest.raises(Stopped, match="after step 11 of 20.*--resume"):
         tiny_run(tmp_path / "stopped", steps=20, loader=Interrupted)
     assert signal.getsignal(signal.SIGINT) is before
     run = tiny_run(tmp_path / "stopped", steps=20, resume=True)
@@ -189,7 +194,7 @@ def test_a_checkpoint_cut_short_is_recognised_and_the_one_before_it_used(tmp_pat
     newest = run.checkpoints / "step-00000008"
     file = max(newest.iterdir(), key=lambda f: f.stat().st_size)
     os.truncate(file, file.stat().st_size - 100)
-    assert not is_whole(newest) and is_whole(run.checkpoints / "step-00000006")
+    assert not is_whole(newest, ALONE) and is_whole(run.checkpoints / "step-00000006", ALONE)
     with open(run.metrics, "a") as file:
         file.write('{"step": 9, "lo')                                    # a line cut short
     tiny_run(tmp_path / "cut", resume=True)
@@ -197,6 +202,90 @@ def test_a_checkpoint_cut_short_is_recognised_and_the_one_before_it_used(tmp_pat
     one, other = tensors(tmp_path / "straight" / "model"), tensors(tmp_path / "cut" / "model")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert [line["step"] for line in metrics(tmp_path / "cut")] == list(range(1, 9))
+
+
+def test_a_checkpoint_of_changed_bytes_is_recognised_and_the_one_before_it_used(tmp_path, capsys):
+    run = tiny_run(tmp_path)
+    newest = run.checkpoints / "step-00000008"
+    file = max(newest.iterdir(), key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert not is_whole(newest, ALONE)
+    before = tensors(tmp_path / "model")
+    tiny_run(tmp_path, resume=True)
+    assert "step 8 is not whole" in capsys.readouterr().out and is_whole(newest, ALONE)
+    assert all(torch.equal(x, before[name]) for name, x in tensors(tmp_path / "model").items())
+
+
+def test_runs_and_checkpoints_of_the_first_edition_are_resumed_and_lost_moments_told(tmp_path, capsys):
+    """Their run.json has no format, whole.json sizes alone, and AdamW's moments may be zero."""
+    run = tiny_run(tmp_path, steps=8)
+    model = tiny_model()
+    params = trained_parameters(model)
+    state = training_state(params, make_optimizer(params, TrainConfig("finetune", 8, 8, 1e-2)))      # moments of zero
+    shutil.rmtree(run.checkpoints)
+    save_state(state, run.checkpoints / "step-00000006", ALONE)
+    whole = run.checkpoints / "step-00000006" / "whole.json"
+    whole.write_text(json.dumps({name: size for name, (size, _) in json.loads(whole.read_text()).items()}))
+    settings = json.loads((run.folder / "run.json").read_text())
+    del settings["format"]
+    settings["visual_path"] |= {"window": 5}
+    (run.folder / "run.json").write_text(json.dumps(settings))
+    assert tiny_run(tmp_path, steps=8, resume=True).saved_steps() == [6, 8]
+    told = capsys.readouterr().out
+    assert "is an earlier version's run: it goes on" in told
+    assert f"step 6 has AdamW moments of zero for {len(params)} tensors" in told and "--force trains anew" in told
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path):
+    run = RunFolder(tmp_path / "run", {}, ALONE, resume=False)
+    for resume, force in ((True, False), (False, True)):
+        child = os.fork()
+        if child == 0:
+            try:
+                RunFolder(tmp_path / "run", {}, ALONE, resume, force)
+            except UserError as error:
+                os._exit(0 if "another process trains in" in str(error) else 3)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+    run.lock.close()                                                 # as the end of its process does
+    RunFolder(tmp_path / "run", {}, ALONE, resume=True)
+
+
+def test_force_killed_at_any_moment_leaves_the_old_run_or_the_new_one(tmp_path):
+    """Whole: settings, metrics and checkpoints, each of the other kind resumed or refused by its settings."""
+    tiny_run(tmp_path / "old", steps=2)
+    settings = json.loads((tmp_path / "old" / "run" / "run.json").read_text())
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "old" / "run", folder)
+        killed = killed_at(number, lambda: RunFolder(folder, settings | {"seed": 1}, ALONE, False, force=True).finish())
+        new = json.loads((folder / "run.json").read_text())["seed"] == 1
+        run = RunFolder(folder, settings | {"seed": int(new)}, ALONE, resume=True)
+        assert run.saved_steps() == ([] if new else [2]) and run.metrics.exists() != new
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(f".{number}.")] == []
+        if not killed:
+            assert new and run.is_finished and number > 5
+            return
+
+
+def whole_run(folder):
+    tiny_run(folder, steps=4, resume=True)
+
+
+@pytest.mark.skipif(not os.environ.get("KILL_MATRIX"), reason="KILL_MATRIX=1 takes a minute: a whole run, killed at every call")
+def test_a_run_killed_at_every_call_that_changes_the_disk(tmp_path):
+    whole_run(tmp_path / "straight")
+    expected = tensors(tmp_path / "straight" / "model")
+    for number in itertools.count(1):
+        killed = killed_at(number, whole_run, tmp_path / str(number))
+        whole_run(tmp_path / str(number))
+        assert all(torch.equal(x, expected[name]) for name, x in tensors(tmp_path / str(number) / "model").items())
+        assert len(metrics(tmp_path / str(number))) == 4
+        if not killed:
+            print(f"killed at each of {number - 1} calls")
+            return
 
 
 def fill_the_disk(group, folder):
@@ -227,11 +316,11 @@ def test_other_settings_are_named_and_nothing_is_overwritten(tmp_path):
     tiny_run(tmp_path, steps=2)
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
     with pytest.raises(UserError, match="learning_rate was 0.01 and is now 0.5"):
-        Run(tmp_path / "run", settings | {"learning_rate": 0.5}, ALONE, resume=True, force=True)
+        RunFolder(tmp_path / "run", settings | {"learning_rate": 0.5}, ALONE, resume=True, force=True)
     with pytest.raises(UserError, match="holds a run already.*--resume.*--force"):
-        Run(tmp_path / "run", settings, ALONE, resume=False)
+        RunFolder(tmp_path / "run", settings, ALONE, resume=False)
     assert len(metrics(tmp_path)) == 2
-    Run(tmp_path / "run", settings, ALONE, resume=False, force=True)
+    RunFolder(tmp_path / "run", settings, ALONE, resume=False, force=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -243,7 +332,7 @@ def test_metrics_held_out_loss_and_curve(tmp_path):
     assert {"step", "loss", "lr", "grad_norm", "tokens_per_s", "seconds", "waited_for_data", "memory_gb"} <= lines[0].keys()
     assert [line["step"] for line in lines if "held_out_loss" in line] == [2, 4, 6]
     assert lines[-1]["loss"] < lines[0]["loss"] and (run.folder / "loss.png").stat().st_size > 1000
-    model = checkpoint.load(tmp_path / "model", device="cpu")
+    model = weights.load(tmp_path / "model", device="cpu")
     batch = collate([encode(Talks(16)[i]) for i in range(16)])
     with torch.no_grad():
         assert lines[-1]["held_out_loss"] == pytest.approx(model(batch).item() / len(batch.targets), rel=1e-5)
@@ -275,9 +364,9 @@ def test_a_micro_batch_of_broken_samples_counts_for_nothing():
     packed = list(Loader(plan, encode, 0, 1))
     assert sum(not p.keys for p in packed) == 3
     model, other = tiny_model(), tiny_model()
-    seen, _ = accumulate(model, packed, "finetune")
-    expected, _ = accumulate(other, [p for p in packed if p.keys], "finetune")
-    assert seen.bad == 3 and (seen.loss, seen.learned) == (expected.loss, expected.learned)
+    seen, _ = accumulate(model, packed, backward=True)
+    expected, _ = accumulate(other, [p for p in packed if p.keys], backward=True)
+    assert seen.bad == 3 and (seen.loss, seen.targets) == (expected.loss, expected.targets)
     found, whole = gradients(model), gradients(other)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
@@ -286,7 +375,7 @@ def test_a_micro_batch_of_broken_samples_counts_for_nothing():
 def test_a_step_without_anything_to_learn_is_a_step_of_zero(stage):
     nothing = Packed(0, True, collate([Sample([0], [False], [], "")]), [], [("x", "broken")], 0)
     model = tiny_model(stage=stage)
-    seen, _ = accumulate(model, [nothing], stage)
+    seen, _ = accumulate(model, [nothing], backward=True)
     assert seen.mean_loss == 0 and all((grad == 0).all() for grad in gradients(model).values())
     assert gradients(model).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
 
@@ -309,15 +398,15 @@ def test_out_of_memory_says_what_was_computed_and_what_to_lower(tmp_path, monkey
         raise torch.OutOfMemoryError("CUDA out of memory")
     model = tiny_model()
     monkeypatch.setattr(model.decoder, "logits", full)
-    with pytest.raises(training.OnOneProcess, match=r"out of memory at step 1, in a micro-batch of 8 samples with [\d,]+ text and "
+    with pytest.raises(OnOneProcess, match=r"out of memory at step 1, in a micro-batch of 8 samples with [\d,]+ text and "
                        r"[\d,]+ visual tokens: lower --micro-batch-tokens .*--checkpoint-activations"):
         tiny_run(tmp_path, model=model)
     broken = nn.Linear(1, 1)
     monkeypatch.setattr(model.decoder, "logits", lambda *_: broken(torch.zeros(2, 3)))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):       # any other error stays what it is
-        accumulate(model, Loader(tiny_plan(), encode, 0, 1), "finetune")
+        accumulate(model, Loader(tiny_plan(), encode, 0, 1), backward=True)
 
 
 def test_seen_sums_over_processes():
-    seen = Seen(loss=6.0, learned=3.0)
-    assert seen.over(ALONE) == seen and seen.mean_loss == 2.0 and Seen().mean_loss == 0.0
+    seen = StepMetrics(loss=6.0, targets=3.0)
+    assert seen.over(ALONE) == seen and seen.mean_loss == 2.0 and StepMetrics().mean_loss == 0.0

@@ -14,17 +14,20 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanoeemllm import checkpoint
-from nanoeemllm.config import LlamaConfig, ModelConfig, VisionConfig, VisualPathConfig
+from nanoeemllm.weights import folder as weights
+from nanoeemllm.paths import make
+from nanoeemllm.weights.initialize import initialize
+from nanoeemllm.config import LlamaConfig, ModelConfig, VisionConfig
 from nanoeemllm.data import Loader, Mixture, Plan, encode_sample
-from nanoeemllm.distributed import Group, join, save_model, spread
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.prompt import Tokenizer
-from nanoeemllm.run import Run
+from nanoeemllm.weights.tokenizer import Tokenizer
 from nanoeemllm.toy import make_tokenizer
-from nanoeemllm.training import TrainConfig, freeze_for, train
+from nanoeemllm.training.config import TrainConfig, freeze
+from nanoeemllm.training.distributed import ProcessGroup, init_distributed, save_model, shard_model
+from nanoeemllm.training.run_folder import RunFolder
+from train import train
 
-ALONE = Group(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 WORDS = "red blue green cat star ring left right one two".split()
 
 
@@ -56,20 +59,20 @@ def tiny_config(path: str = "eemllm", **settings) -> ModelConfig:
                         num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
     vision = VisionConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=8,
                           image_size=32, min_image_size=16, resize="native")
-    return ModelConfig(llama, vision, VisualPathConfig(path, **settings), "short")
+    return ModelConfig(llama, vision, make(path, **settings), "short")
 
 
 def tiny_model(path: str = "eemllm", stage: str = "finetune", **settings) -> EEMLLM:
     torch.manual_seed(0)
     model = EEMLLM(tiny_config(path, **settings), tiny_tokenizer())
-    model.initialize()
+    initialize(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 1:
                 p.normal_(1.0 if "norm" in name else 0.0, 0.2)           # nothing is left at its beginning
             else:
                 p.mul_(5)
-    freeze_for(model, stage)
+    freeze(model, stage)
     return model
 
 
@@ -86,15 +89,15 @@ def encode(conversation: dict):
     return encode_sample(conversation, tiny_tokenizer(), config.chat_template, config.vision, 200)
 
 
-def tiny_run(folder: Path, group: Group = ALONE, stage: str = "finetune", path: str = "eemllm", steps: int = 8,
+def tiny_run(folder: Path, group: ProcessGroup = ALONE, stage: str = "finetune", path: str = "eemllm", steps: int = 8,
              loader: type = Loader, plan: Plan | None = None, resume: bool = False, checkpoint_every: int = 2,
-             max_bad: float = 0.01, model: EEMLLM | None = None, held_out: Plan | None = None) -> Run:
+             max_bad: float = 0.01, model: EEMLLM | None = None, held_out: Plan | None = None) -> RunFolder:
     """A whole run in folder/run, and its model in folder/model."""
     model = model or tiny_model(path, stage)
-    stored = spread(model, group)
+    stored = shard_model(model, group)
     config = TrainConfig(stage, steps, 8, 1e-2, weight_decay=0.01)
     plan = plan or tiny_plan()
-    run = Run(folder / "run", {**dataclasses.asdict(config), "path": path}, group, resume)
+    run = RunFolder(folder / "run", {**dataclasses.asdict(config), "visual_path": {"name": path}}, group, resume)
     train(model, lambda first: loader(plan, encode, first, steps, group.rank, group.size), config, run, group,
           held_out and (lambda: Loader(held_out, encode, 0, held_out.steps_per_epoch, group.rank, group.size)),
           checkpoint_every, max_bad)
@@ -107,7 +110,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return checkpoint.load(folder, device="cpu").state_dict()
+    return weights.load(folder, device="cpu").state_dict()
 
 
 def gradients(model: EEMLLM) -> dict[str, Tensor]:
@@ -130,11 +133,15 @@ def start(function, *arguments, rank: int = 0, size: int = 1, port: int = 0) -> 
     return process
 
 
-def in_processes(size: int, function, *arguments):
-    """function(group, *arguments) in `size` processes that are one group."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def in_processes(size: int, function, *arguments):
+    """function(group, *arguments) in `size` processes that are one group."""
+    port = free_port()
     processes = [start(function, *arguments, rank=rank, size=size, port=port) for rank in range(size)]
     for process in processes:
         process.join(600)
@@ -142,7 +149,6 @@ def in_processes(size: int, function, *arguments):
 
 
 def _one(rank: int, size: int, port: int, function, arguments):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with join("cpu") as group:
+    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with init_distributed("cpu") as group:
         function(group, *arguments)

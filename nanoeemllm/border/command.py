@@ -83,7 +83,8 @@ def _open_output(goes_on: bool):
             setattr(sys, name, open(os.devnull, "w", errors="replace"))
         elif goes_on and stream is getattr(sys, f"__{name}__"):
             raw = io.BufferedWriter(_Lasting(number, "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
+            lasting = io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True)
+            setattr(sys, name, lasting)
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
@@ -117,7 +118,8 @@ def positive(number: type, or_zero: bool = False, most: float = 10**8) -> Callab
         if 0 < value <= most or (or_zero and value == 0):
             return value
         least = "of 0 or more" if or_zero else "over 0"
-        raise argparse.ArgumentTypeError(f"{text!r} is no {number.__name__} {least}, up to {most:,}")
+        kind = number.__name__
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind} {least}, up to {most:,}")
     return parse
 
 

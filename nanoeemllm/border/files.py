@@ -61,12 +61,12 @@ def _finite(text: str) -> float:
 
 
 def within(folder, name: str) -> str:
-    """The path of folder/name. Raises UserError for a name that leads out of the folder: an absolute
-    one, or one with ".." in it. Links that the folder's owner has made may lead anywhere."""
+    """The path of folder/name. Raises UserError for a name that leads out of the folder, being
+    absolute or by its "..". Links that the folder's owner has made may lead anywhere."""
     path = os.path.join(folder, name)
     with contextlib.suppress(ValueError):            # a zero byte: there is no such file
         leaves = os.path.isabs(name)
-        if ".." in name:                             # as the system reads it: behind a link, not before
+        if ".." in name:                             # follows a link first, as the system does
             root, real = os.path.realpath(folder), os.path.realpath(path)
             leaves = leaves or os.path.commonpath([root, real]) != root
         if leaves:
@@ -116,7 +116,7 @@ def replace_folder(folder):
             flush(path)
         if not folder.exists():
             aside.rename(folder)
-        elif not _exchange(aside, folder):           # without it, two renames: see finish_replacement
+        elif not _exchange(aside, folder):           # then finish_replacement knows what to do
             folder.rename(aside.with_name(f".{folder.name}.old-{os.getpid()}"))
             aside.rename(folder)
         flush(folder.parent)
@@ -154,8 +154,8 @@ def _abandoned(folder: Path, what: str) -> list[Path]:
 
 
 def _lock(folder: Path) -> int:
-    """Held until it is closed or the process ends, however it ends. Raises OSError if another has it.
-    (A process's number would not do: in a container the next process may have the same.)"""
+    """Held until it is closed or the process ends, however it ends. Raises OSError if another has
+    it. (A process's number would not do: in a container the next process may have the same.)"""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,8 +2,8 @@
 
 from nanoeemllm.data.conversations import ConversationFile
 from nanoeemllm.data.loading import Loader, Packed
-from nanoeemllm.data.packing import (Mixture, Plan, Sample, count_tokens, encode_sample,
-                                     open_mixture, patch_grid)
+from nanoeemllm.data.packing import (Mixture, Plan, Sample, collate, count_tokens,
+                                     encode_sample, open_mixture, patch_grid)
 
-__all__ = ["ConversationFile", "Loader", "Mixture", "Packed", "Plan", "Sample", "count_tokens",
+__all__ = ["ConversationFile", "Loader", "Mixture", "Packed", "Plan", "Sample", "collate", "count_tokens",
            "encode_sample", "open_mixture", "patch_grid"]

@@ -28,8 +28,8 @@ def in_background(function: Callable, inputs: Iterable, workers: int, pin_memory
 
 
 def _start_worker(_):
-    """Ctrl-C and SIGTERM may reach every process of a group, but the training loop decides what they
-    mean. So a worker ends only when its parent says so, or has ended itself."""
+    """Ctrl-C and SIGTERM may reach every process of a group, but the training loop decides what
+    they mean. So a worker ends only when its parent says so, or has ended itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

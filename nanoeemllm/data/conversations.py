@@ -35,7 +35,7 @@ class ConversationFile:
     def __init__(self, path: str | Path, images: str | Path | None = None, progress: bool = True):
         self.path, self.images = Path(path), None if images is None else Path(images)
         if images is not None and not self.images.is_dir():
-            raise UserError(f"{quoted(images)}: no such folder; --images names the folder of pictures")
+            raise UserError(f"{quoted(images)}: no such folder; --images names that of pictures")
         self.problems: list[tuple[str, str]] = []
         self._bounds, self._number = array("q"), array("q")   # first, last byte; place in the file
         with open_regular(path) as file:
@@ -89,8 +89,8 @@ def _entries(file) -> Iterator[tuple[int, int, str, object]]:
 
 
 def _not_conversations(file, why: str = "") -> UserError:
-    return UserError(f"{quoted(file.name)}: neither a JSON list of conversations nor one JSON object "
-                     f"a line{why}")
+    return UserError(f"{quoted(file.name)}: neither a JSON list of conversations nor one JSON "
+                     f"object a line{why}")
 
 
 def _line_entries(file) -> Iterator[tuple[int, int, str, object]]:
@@ -123,8 +123,9 @@ def _list_entries(file) -> Iterator[tuple[int, int, str, object]]:
         except (ValueError, RecursionError) as error:            # broken, or the chunk ends in it
             more = file.read(CHUNK)
             if not more or len(text) - at > CHUNK:
-                raise UserError(f"{quoted(file.name)}: conversation {number + 1}, at byte "
-                                f"{base + at}, is not valid JSON ({error}); is the file whole?") from None
+                raise UserError(
+                    f"{quoted(file.name)}: conversation {number + 1}, at byte {base + at}, is not "
+                    f"valid JSON ({error}); is the file whole?") from None
             text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
             continue
         number += 1
@@ -152,8 +153,8 @@ def find_problem(entry, images: Path | None) -> str | None:
     if not isinstance(turns, list) or not turns:
         return 'no "conversations"'
     for turn in turns:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str)
-                                                 for key in ("from", "value")):
+        texts = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None,)
+        if not all(isinstance(text, str) for text in texts):
             return 'a turn without "from" or "value"'
     talk = turns[1:] if turns[0]["from"] in ("system", "gpt") else turns   # as encode_conversation
     if talk is not turns and IMAGE_TEXT in turns[0]["value"]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 from nanoeemllm.config import UserError
 from nanoeemllm.data.background import in_background
-from nanoeemllm.data.packing import MicroBatch, Mixture, Plan, Sample
-from nanoeemllm.model import Batch, collate
+from nanoeemllm.data.packing import MicroBatch, Mixture, Plan, Sample, collate
+from nanoeemllm.model import Batch
 
 
 @dataclasses.dataclass
@@ -28,15 +28,15 @@ class Packed:
 
 
 class Loader:
-    """Iterates over a rank's `Packed` micro-batches of the steps start to stop - 1. Its processes end
-    with it: after the last batch, at close(), or at the end of a `with` block.
+    """Iterates over a rank's `Packed` micro-batches of the steps start to stop - 1. Its processes
+    end with it: after the last batch, at close(), or at the end of a `with` block.
 
     encode: conversation -> Sample. `waited`: seconds spent waiting for batches.
     """
 
     def __init__(self, plan: Plan, encode: Callable[[dict], Sample], start: int, stop: int,
                  rank: int = 0, world: int = 1, pin_memory: bool = False):
-        self.waited = 0.0
+        self.waited, self.samples = 0.0, (stop - start) * plan.batch_size
         self._batches = in_background(functools.partial(_pack, plan.data, encode),
                                       plan.micro_batches(start, stop, rank, world), plan.workers,
                                       pin_memory)

@@ -5,8 +5,8 @@
     Plan               steps -> global batches -> micro-batches of every rank
 
 Everything random is a function of (seed, epoch), and a step's plan is a function of the data, the
-seed and the step's number. So the whole state of the data is one number, the step, and a run resumes
-exactly, on any number of processes: a global batch has the same samples, only on other ranks.
+seed and the step's number. So the whole state of the data is one number, the step, and a run
+resumes exactly, on any number of processes: a global batch has the same samples on other ranks.
 """
 
 import bisect
@@ -18,13 +18,17 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
 
 from nanoeemllm.config import IMAGE_TOKEN, UserError, VisionConfig
 from nanoeemllm.data.background import in_background
 from nanoeemllm.data.conversations import ConversationFile, image_names
 from nanoeemllm.data.images import load_image, native_size, prepare_image
-from nanoeemllm.prompt import Tokenizer, encode_conversation
+from nanoeemllm.layout import build_layout
+from nanoeemllm.model import Batch
+from nanoeemllm.prompt import encode_conversation
+from nanoeemllm.weights.tokenizer import Tokenizer
 
 WINDOW = 32           # steps that are planned together
 GROUP = 16            # samples of nearly the same cost that go into a step together
@@ -33,9 +37,10 @@ GROUP = 16            # samples of nearly the same cost that go into a step toge
 class Mixture:
     """Sources (anything with __len__ and __getitem__) as one; which of their samples an epoch has.
 
-    Without weights an epoch is every sample once. With weights it is as many samples, source s giving
-    its share; each source runs through all its samples in random order before any comes again, across
-    epochs too. endless: a single source that makes sample i from i, so every epoch has new ones.
+    Without weights an epoch is every sample once. With weights it is as many samples, source s
+    giving its share; each source runs through all its samples in random order before any comes
+    again, across epochs too. endless: a single source that makes sample i from i, so that every
+    epoch has new ones.
     """
 
     def __init__(self, sources: list, weights: list[float] | None = None, endless: bool = False):
@@ -83,8 +88,8 @@ def open_mixture(arguments: list[str], images: str | None, progress: bool = True
         if match[2] is not None:
             weights.append(float(match[2]))
     if weights and (len(weights) < len(names) or not 1e-6 <= min(weights) <= max(weights) <= 1e6):
-        raise UserError(f"--data {' '.join(arguments)}: give every file a weight above 0, from 1e-6 to "
-                        "1e6 (file.json:0.35), or none")
+        raise UserError(f"--data {' '.join(arguments)}: give every file a weight above 0, from "
+                        "1e-6 to 1e6 (file.json:0.35), or none")
     return Mixture([ConversationFile(name, images, progress) for name in names], weights or None)
 
 
@@ -94,16 +99,35 @@ class Sample(NamedTuple):
     """One conversation, encoded."""
     ids: list[int]                       # an image is one IMAGE_TOKEN
     loss_mask: list[bool]                # same length: is this token a target
-    images: list                         # each one's patches (h * w, 3*p*p) and grid (h, w), in order
+    images: list                         # of each: patches (h * w, 3*p*p) and grid (h, w)
     key: str                             # its id in the file
     cut: bool = False                    # it was too long and has lost its last turns
 
-    learned = property(lambda self: self.loss_mask)
+
+
+def collate(samples: list) -> Batch:
+    """data.Samples -> Batch.
+
+    The target of a text row is the token that follows it in the merged sequence. A target token
+    right behind an image would have to be predicted by a visual row, which makes no query, so it is
+    left out. No chat template has such a token.
+    """
+    grids = [[grid for _, grid in sample.images] for sample in samples]
+    ids, layout = build_layout([sample.ids for sample in samples], grids)
+    mask = [flag for sample in samples for flag, i in zip(sample.loss_mask, sample.ids)
+            if i != IMAGE_TOKEN]
+    position = layout.position[:layout.num_text]
+    is_next = torch.tensor(mask)[1:] & (position[1:] == position[:-1] + 1)
+    is_next[layout.text.start[1:].long() - 1] = False                # the next sample's first token
+    rows = is_next.nonzero().squeeze(1)
+    patches = [patches for sample in samples for patches, _ in sample.images]
+    return Batch(ids, layout, torch.cat(patches) if patches else torch.zeros(0, 0), rows,
+                 ids[rows + 1], [sample.key for sample in samples])
 
 
 def encode_sample(conversation: dict, tokenizer: Tokenizer, template: str,
                   vision: VisionConfig | None, max_length: int) -> Sample:
-    """conversation: {"id", "conversations", "image": a path or PIL image, a list of them, or absent}.
+    """conversation: {"id", "conversations", "image": absent, a path, a PIL image, or a list}.
 
     Turns beyond max_length tokens, text and visual together, are cut off at the end of an answer.
     Raises UserError for a conversation or image that cannot be used, and for a first question and
@@ -177,19 +201,19 @@ class MicroBatch(NamedTuple):
 class Plan:
     """Which samples make up which step's global batch, and how ranks and micro-batches share it.
 
-    An epoch has len(data) // batch_size steps; the samples left over are spread over its first steps,
-    so that every sample is seen once. Steps are made to cost alike by planning WINDOW of them
-    together: their samples are sorted by cost and cut into groups of GROUP neighbours, and every step
-    draws one group of each range of costs. Ranks then take their samples from the same groups, and
-    none waits for another.
+    An epoch has len(data) // batch_size steps; the samples left over are spread over its first
+    steps, so that every sample is seen once. Steps are made to cost alike by planning WINDOW of
+    them together: their samples are sorted by cost and cut into groups of GROUP neighbours, and
+    every step draws one group of each range of costs. Ranks then take their samples from the same
+    groups, and none waits for another.
     """
 
     def __init__(self, data: Mixture, batch_size: int, seed: int,
                  cost: Callable[[dict], float] | None = None, budget: float | None = None,
                  workers: int = 0):
         """cost: of a conversation, in tokens (by default all cost 1). budget: a micro-batch's; by
-        default a step is one micro-batch. A micro-batch exceeds it only if fewer samples would leave
-        a rank without one. workers: processes."""
+        default a step is one micro-batch. A micro-batch exceeds it only if fewer samples would
+        leave a rank without one. workers: processes."""
         self.data, self.seed, self.cost, self.budget = data, seed, cost, budget
         self.batch_size, self.workers = batch_size, workers
         self.steps_per_epoch = max(1, len(data) // batch_size)
@@ -258,8 +282,8 @@ def assign_to_ranks(costs: np.ndarray, world: int, budget: float | None) -> list
     fewest micro-batches within the budget, each next row into the lightest.
     """
     if len(costs) < world:
-        raise UserError(f"a batch of {len(costs)} samples cannot be dealt to {world} processes: give a "
-                        "larger --batch-size")
+        raise UserError(f"a batch of {len(costs)} samples cannot be dealt to {world} processes: "
+                        "give a larger --batch-size")
     work = np.zeros(world)
     rows, heaviest = [], []
     for start in range(0, len(costs), world):

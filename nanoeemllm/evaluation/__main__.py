@@ -97,7 +97,7 @@ def answer_rows(args, tsv: TSV, path, settings: dict, folder: Path, rank: int, w
 
 def calibrate(args, config, path, tsv: TSV, metric: str):
     """Has the visual path choose what it prunes on these rows, and writes that to the model."""
-    as_path = getattr(path, "calibrated_as", None) or config.visual_path.name
+    as_path = path.calibrated_as or config.visual_path.name
     model = load_model(args.weights, args.device, args.dtype, config.path_named(as_path))
 
     def prompts() -> Iterator[tuple[list[int], list]]:

@@ -116,7 +116,7 @@ def draw_panels(panels: list[tuple[str, list[Image.Image]]]) -> Image.Image:
     height = max(image.height for image in panels[0][1]) + LABEL + GAP
     columns = max(1, min(len(panels), COLUMNS * (SIDE + GAP) // width))
     rows = -(-len(panels) // columns)
-    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
+    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "#ebebeb")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for number, (label, images) in enumerate(panels):
         x, y = GAP + number % columns * width, GAP + number // columns * height

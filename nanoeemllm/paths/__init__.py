@@ -46,6 +46,11 @@ def is_new_weight(name: str) -> bool:
     return name.startswith("projector.") or any(part in name for part in own)
 
 
+def is_trained(name: str, stage: str) -> bool:
+    """Stage "pretrain" trains what is new, "finetune" that and the language model."""
+    return is_new_weight(name) or stage == "finetune" and name.startswith("decoder.")
+
+
 # ---- on the command line ----
 
 def add_flags(parser):
@@ -67,13 +72,15 @@ def from_args(args, base: ModelConfig) -> VisualPath:
     """The path that the flags ask for: base's, with what was given changed. Raises UserError for a
     setting of another path."""
     path = base.path_named(args.visual_path) if args.visual_path else base.visual_path
-    for other in PATHS.values():
-        for f in flags_of(other):
-            if getattr(args, f.name) is not None and other is not type(path):
-                raise UserError(f"--{f.name.replace('_', '-')} is a setting of {other.name}, and the "
-                                f"visual path is {path.name}: add --visual-path {other.name}")
-    given = {f.name: getattr(args, f.name) for f in flags_of(type(path))}
-    return path.with_settings({key: value for key, value in given.items() if value is not None})
+    given = {}
+    for owner in PATHS.values():
+        for f in flags_of(owner):
+            value, flag = getattr(args, f.name), "--" + f.name.replace("_", "-")
+            if value is not None and owner is not type(path):
+                raise UserError(f"{flag} is a setting of {owner.name}, and the visual path is "
+                                f"{path.name}: add --visual-path {owner.name}")
+            given |= {} if value is None else {f.name: value}
+    return path.with_settings(given)
 
 
 def number(f: dataclasses.Field):
@@ -82,7 +89,7 @@ def number(f: dataclasses.Field):
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r:.80} is no whole number from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{text!r:.80} is not from {least} to {most}")
         return int(text)
     return parse
 
@@ -91,10 +98,11 @@ def layer_numbers(text: str) -> tuple[int, ...]:
     """"0,2,5-7" -> (0, 2, 5, 6, 7)"""
     layers = set()
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not re.fullmatch(r"\d{1,3}(-\d{1,3})?", part, re.ASCII) or int(last or first) < int(first):
+        match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part, re.ASCII)
+        numbers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not numbers:
             raise argparse.ArgumentTypeError(f"{text!r:.80}: give layers as in 16-31 or 0,2,5-7")
-        layers |= set(range(int(first), int(last or first) + 1))
+        layers |= set(numbers)
     return tuple(sorted(layers))
 
 

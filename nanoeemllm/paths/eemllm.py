@@ -56,8 +56,8 @@ class EEMLLM(VisualPath):
 
     def check(self, llama: LlamaConfig):
         if self.aligner not in ("", "v", "o", "f", "vo", "vf", "of", "vof"):
-            raise UserError(f"aligner {self.aligner!r:.80}: give some of the letters v, o, f in this "
-                            "order, or none")
+            raise UserError(f"aligner {self.aligner!r:.80}: give some of the letters v, o, f in "
+                            "this order, or none")
         H, D, C = llama.num_attention_heads, llama.head_dim, llama.hidden_size
         if H * D != C and ("v" in self.aligner) != ("o" in self.aligner):
             raise UserError(f"aligner {self.aligner!r}: W_V and W_O alone do not fit a layer whose "

@@ -13,16 +13,17 @@ from nanoeemllm.paths import layer_numbers, register
 @dataclass(frozen=True)
 class EEMLLMF(VisualPath):
     name = "eemllm-f"
-    composite_layers: tuple[int, ...] = size((), least=0, most=1000, parse=layer_numbers, metavar="LAYERS",
-                                             help="as in eemllm: 16-31 or 0,2,5-7")
+    composite_layers: tuple[int, ...] = size((), least=0, most=1000, parse=layer_numbers,
+                                             metavar="LAYERS", help="as in 16-31 or 0,2,5-7")
 
     def check(self, llama: LlamaConfig):
         L = llama.num_hidden_layers
         if not self.composite_layers:
-            raise UserError(f"eemllm-f needs its composite layers: --composite-layers {L // 2}-{L - 1}")
-        if max(self.composite_layers) >= L:
-            raise UserError(f"composite layer {max(self.composite_layers)}, but the model has layers "
-                            f"0 to {L - 1}")
+            raise UserError("eemllm-f needs its composite layers: --composite-layers "
+                            f"{L // 2}-{L - 1}")
+        last = max(self.composite_layers)
+        if last >= L:
+            raise UserError(f"composite layer {last}, but the model has layers 0 to {L - 1}")
 
     def layer(self, llama: LlamaConfig, index: int, feature_width: int | None) -> DecoderLayer:
         kind = DecoderLayer if index in self.composite_layers else LlavaLayer

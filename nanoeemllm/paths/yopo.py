@@ -61,9 +61,9 @@ class YOPOLayer(DecoderLayer):
         if not self.pruned:
             return attention(q, keys, ctx.sees)
         group = self.self_attn.group
-        text = [take(x, [head // group for head in self.pruned]) for x in (keys.k_text, keys.v_text)]
-        nothing = text[0][:0]
-        blind = attention(take(q, self.pruned), Keys(nothing, nothing, *text), ctx.sees.text_alone)
+        text_heads = [head // group for head in self.pruned]
+        k, v = take(keys.k_text, text_heads), take(keys.v_text, text_heads)
+        blind = attention(take(q, self.pruned), Keys(k[:0], v[:0], k, v), ctx.sees.text_alone)
         if not self.kept:
             return blind
         seeing = attention(take(q, self.kept), self.keys_of_kept(keys), ctx.sees)
@@ -101,7 +101,7 @@ class YOPOLayer(DecoderLayer):
         """A projection to these heads alone: (N, C) -> (N, heads, D)."""
         if not heads or not len(h):
             return h.new_zeros(len(h), len(heads), self.self_attn.head_dim)
-        return F.linear(h, self.heads_of(weight, heads)).unflatten(-1, (-1, self.self_attn.head_dim))
+        return F.linear(h, self.heads_of(weight, heads)).unflatten(-1, (len(heads), -1))
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, k_text: Tensor, v_text: Tensor,
@@ -144,24 +144,25 @@ def take(x: Tensor, heads) -> Tensor:
 @dataclass(frozen=True)
 class YOPO(VisualPath):
     name = "yopo"
+    calibrated_as = "llava"
     window: int = size(5, most=1001, metavar="W", help="neighbours W x W (5)")
     ffn_ratio: int = size(2, metavar="R", help="the first 1/R of the FFN's neurons (2)")
     last_visual_layer: int | None = size(None, most=1000, metavar="L_CUT",
                                          help="no visual keys from this layer on (half)")
     prune_heads: int | None = size(None, least=0, metavar="N",
                                    help="heads pruned in each layer but the first two (0)")
-    kept_heads: tuple[tuple[int, ...], ...] = size((), least=0)   # per layer, as calibrated; () is the first
+    kept_heads: tuple[tuple[int, ...], ...] = size((), least=0)   # as calibrated; (): the first
 
     def check(self, llama: LlamaConfig):
         L, H = llama.num_hidden_layers, llama.num_attention_heads
         if self.window % 2 == 0:
-            raise UserError(f"window {self.window} must be odd: a patch stands in the middle of its "
-                            "neighbours")
+            raise UserError(f"window {self.window} must be odd: a patch stands in the middle")
         if self.visual_layers(llama) > L:
-            raise UserError(f"last visual layer {self.last_visual_layer}, but the model has {L} layers")
+            raise UserError(f"last visual layer {self.last_visual_layer}, but the model has {L} "
+                            "layers")
         if self.kept_heads and len(self.kept_heads) != L:
-            raise UserError(f"kept_heads has {len(self.kept_heads)} layers, the model {L}: calibrate "
-                            "anew")
+            raise UserError(f"kept_heads has {len(self.kept_heads)} layers, the model {L}: "
+                            "calibrate anew")
         if any(list(kept) != sorted(set(kept)) for kept in self.kept_heads):
             raise UserError("kept_heads must be rising numbers in every layer: calibrate anew")
         outside = any(not kept or max(kept) >= H for kept in self.kept_heads)
@@ -204,7 +205,7 @@ class YOPO(VisualPath):
             raise UserError("calibration chooses which heads are pruned: say how many with "
                             "--prune-heads")
         if self.visual_layers(llama) <= FIRST:
-            raise UserError(f"nothing can be pruned: layers 0 and 1 keep their heads, and no visual "
+            raise UserError("nothing can be pruned: layers 0 and 1 keep their heads, and no visual "
                             f"keys are left from layer {self.visual_layers(llama)} on")
         ratios = measure_ratios(model, prompts)
         kept, threshold = choose_heads(ratios, self.prune_heads, self.visual_layers(llama))
@@ -243,9 +244,10 @@ def attention_ratio(q: Tensor, k: Tensor, ctx: Context, rows: int = 256) -> Tens
     is_text = place < ctx.T
     for block in place.split(rows):
         sees_text, sees_visual = ctx.layout.sees_text[block], ctx.layout.sees_visual[block]
-        seen = torch.where(is_text, place < sees_text[:, None], place < ctx.T + sees_visual[:, None])
+        sees = torch.where(is_text, sees_text[:, None], ctx.T + sees_visual[:, None])
         scores = torch.einsum("qhd,khd->hqk", q[block].float(), k.float()) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).sum(1)               # (H, keys)
+        scores = scores.masked_fill(place >= sees, float("-inf"))
+        weights = scores.softmax(-1).sum(1)                                              # (H, keys)
         mass += torch.stack([weights[:, ~is_text].sum(-1), weights[:, is_text].sum(-1)])
     return mass[0] / mass[1]
 

@@ -31,9 +31,9 @@ from nanoeemllm.prompt import TEMPLATES, encode_conversation
 from nanoeemllm.toy.world import (COLOURS, PLACES, SHAPES, Thing, ToyDataset, WorldConfig, caption,
                                   description, draw, make_scene, make_tokenizer)
 from nanoeemllm.training.config import TrainConfig, learning_rate, make_optimizer
-from nanoeemllm.training.initialize import initialize
 from nanoeemllm.vision import VisionTransformer
 from nanoeemllm.weights.folder import save
+from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.weights.tokenizer import Tokenizer
 
 # 3e-3 failed in earlier trials of this size

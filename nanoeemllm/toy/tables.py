@@ -37,8 +37,8 @@ from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import encode_prompt
 from nanoeemllm.toy.backbones import make_backbones, tiny_config, tiny_tokenizer
 from nanoeemllm.toy.world import WorldConfig, exam
-from nanoeemllm.training import cost
-from nanoeemllm.training.initialize import initialize
+from nanoeemllm.data import cost
+from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.weights.folder import load
 
 STEPS = {"pretrain": 300, "finetune": 800}

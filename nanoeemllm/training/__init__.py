@@ -1,1 +1,1 @@
-"""The stages' settings, several processes as one, run folders and forecasts. The loop is in train.py."""
+"""Stages, several processes as one, run folders, forecasts. The loop is in train.py."""

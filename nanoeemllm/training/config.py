@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.paths import is_new_weight
+from nanoeemllm.paths import is_trained
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ def freeze(model: EEMLLM, stage: str):
     """Leaves to train the projector and what else a visual path adds between encoder and language
     model (stage "pretrain"), or these and the language model."""
     for name, p in model.named_parameters():
-        in_stage = stage == "finetune" and name.startswith("decoder.")
-        p.requires_grad_(is_new_weight(name) or in_stage)
+        p.requires_grad_(is_trained(name, stage))
 
 
 def trained_parameters(model: EEMLLM) -> dict[str, nn.Parameter]:
@@ -74,7 +73,7 @@ def make_optimizer(params: dict[str, nn.Parameter], config: TrainConfig) -> torc
 
 def training_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
                    ) -> dict[str, Tensor]:
-    """Trained weights and AdamW's moments, by name: the tensors themselves, to save or to read into."""
+    """Trained weights and AdamW's moments, by name: the tensors themselves, to save or read."""
     state = {}
     for name, p in params.items():
         moments = optimizer.state[p]

@@ -4,8 +4,8 @@ saved_tensors_hooks. So no formula has to know a visual path.
 
 A multiplication and its addition are two operations; only matrix products count. Attention counts
 the pairs in which the query sees the key, which is what kernels compute; the papers count whole
-rectangles (`rectangles=True`). Samples are given as (text tokens, [visual tokens of each image]);
-images stand in front, behind one text token.
+rectangles (`rectangles=True`). Samples are given as (text tokens, [visual tokens of each image]),
+images in front.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from nanoeemllm.attention import compute, use_attention
 from nanoeemllm.config import IMAGE_TOKEN, ModelConfig
 from nanoeemllm.layout import build_layout
 from nanoeemllm.model import EEMLLM, Batch
-from nanoeemllm.training.config import freeze
+from nanoeemllm.paths import is_trained
 
 Samples = list[tuple[int, list[int]]]
 
@@ -42,9 +42,9 @@ def attend_backward_operations(dout, out, lse, q, k_visual, v_visual, k_text, v_
 
 
 def operations(config: ModelConfig, samples: Samples, stage: str | None = None,
-               rectangles: bool = False) -> tuple[float, float]:
-    """(the language model's, those of encoder and projector) of a prefill, with the logits of one
-    row a sample; with a stage, of a training step."""
+               rectangles: bool = False, logits: int = 1) -> tuple[float, float, float]:
+    """The language model's, the projector's and the encoder's in a prefill; with a stage, in a
+    training step. logits: rows of them a sample."""
     hidden_pairs = 0
 
     def count_rectangle(q, keys, sees):
@@ -56,10 +56,12 @@ def operations(config: ModelConfig, samples: Samples, stage: str | None = None,
 
     with (use_attention(count_rectangle) if rectangles else contextlib.nullcontext(),
           FlopCounterMode(display=False) as counted):
-        run(config, samples, stage, False, len(samples))
+        run(config, samples, stage, False, logits * len(samples))
     counts = counted.get_flop_counts()
-    encoder = sum(sum(counts.get(part, {}).values()) for part in ("EEMLLM.vision", "EEMLLM.projector"))
-    return counted.get_total_flops() + hidden_pairs - encoder, encoder
+    projector, encoder = (sum(counts[part].values()) if part in counts else 0
+                          for part in ("EEMLLM.projector", "EEMLLM.vision"))
+    language = counted.get_total_flops() - projector - encoder
+    return language + hidden_pairs, projector, encoder
 
 
 def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_activations: bool,
@@ -67,8 +69,9 @@ def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_act
     """A forward pass on meta; with a stage a backward pass as well. save: is called with every
     tensor that is saved for it."""
     model = meta_model(config)
-    ids, layout = build_layout([[1] + [IMAGE_TOKEN] * len(visual) + [1] * (text - 1)
-                                for text, visual in samples], [grids(config, v) for _, v in samples])
+    grids = [image_grids(config, visual) if visual else [] for _, visual in samples]
+    ids, layout = build_layout([[IMAGE_TOKEN] * len(images) + [1] * text
+                                for (text, _), images in zip(samples, grids)], grids)
     patch_dim = config.vision.patch_dim if config.vision else 0
     rows = torch.zeros(target_rows, dtype=torch.long, device="meta")
     batch = Batch(ids.to("meta"), layout, torch.empty(layout.num_visual, patch_dim, device="meta"),
@@ -78,7 +81,8 @@ def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_act
         with torch.no_grad():
             model(batch)
         return
-    freeze(model, stage)
+    for name, p in model.named_parameters():
+        p.requires_grad_(is_trained(name, stage))
 
     def pack(x):
         if save is not None:
@@ -91,9 +95,12 @@ def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_act
     model.zero_grad()
 
 
-def grids(config: ModelConfig, visual: list[int]) -> list[tuple[int, int]]:
-    side = config.vision.grid_size if config.vision else 0
-    return [(side, side) if n == side ** 2 else (1, n) for n in visual]
+def image_grids(config: ModelConfig, visual: list[int]) -> list[tuple[int, int]]:
+    """CLIP takes images of one size alone: as many as come nearest."""
+    side = config.vision.grid_size
+    if config.vision.architecture == "clip":
+        return [(side, side)] * round(sum(visual) / side ** 2)
+    return [(1, n) for n in visual]
 
 
 @functools.lru_cache(maxsize=4)
@@ -107,7 +114,7 @@ def step(config: ModelConfig, samples: Samples, stage: str, checkpoint_activatio
     """(operations, bytes saved for the backward pass) of a training step, the latter at the end of
     the forward pass: each storage once, without the weights."""
     weights = {p.untyped_storage()._cdata for p in meta_model(config).parameters()}
-    saved = {}                                # storages, held so that none is counted under two names
+    saved = {}                         # storages, held so that none is counted under two names
 
     def save(x):
         storage = x.untyped_storage()
@@ -138,8 +145,8 @@ def sample_cost(config: ModelConfig) -> Callable[[int, int], float]:
     work = []
     for text, visual in points:
         images = [image] * (visual // image) if has_one_size else [visual] * bool(visual)
-        language, encoder = operations(config, [(text, images)])
-        work.append(3 * language + encoder)
+        language, projector, encoder = operations(config, [(text, images)], logits=0)
+        work.append(3 * (language + projector) + encoder)
     matrix = np.array([terms(*point) for point in points], dtype=float)
     scale = matrix.max(axis=0).clip(min=1)
     found = np.linalg.lstsq(matrix / scale, np.array(work), rcond=None)[0] / scale

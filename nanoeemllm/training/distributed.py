@@ -1,0 +1,228 @@
+"""Several processes as one: who is who, the model sharded over all of them, and its state on disk.
+
+`torchrun` starts the processes. Each keeps a shard of every tensor (FSDP2): a layer's weights are
+gathered right before the layer runs and freed after it, gradients are summed where the shard lies,
+and AdamW updates shards alone. One process on a CPU has the plain model. On a GPU, one or many, the
+layers compute in bfloat16, trained weights are kept in float32, and frozen ones in bfloat16.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from nanoeemllm.weights import folder as weights
+from nanoeemllm.border.command import device_from, from_environment
+from nanoeemllm.border.files import flush, quoted, write_aside
+from nanoeemllm.config import UserError
+from nanoeemllm.model import EEMLLM
+
+# No layer's output is changed in place; and one process may well save alone.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module|torch.distributed is disabled")
+
+WHOLE = "whole.json"      # written last: of every file in the checkpoint its size and checksum
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The processes of a run, as one of them sees them."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the processes."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, found: list) -> list:
+        """All processes' lists as one."""
+        if self.size == 1:
+            return found
+        lists = [None] * self.size
+        dist.all_gather_object(lists, found)
+        return sum(lists, [])
+
+    def on_first(self, function: Callable):
+        """Calls function() on the first process only; all get its result, or its UserError."""
+        if self.size == 1:
+            return function()
+        answer = [None, None]
+        if self.is_first:
+            try:
+                answer[0] = function()
+            except UserError as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
+
+
+@contextlib.contextmanager
+def init_distributed(device: str | None):
+    """Gives the ProcessGroup that torchrun has started, or this process alone. device: by default
+    the best there is. A process computes on its share of the machine's cores, unless
+    OMP_NUM_THREADS says otherwise."""
+    rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
+    here = from_environment("LOCAL_WORLD_SIZE", 1)
+    if not (rank < size and here > 0) or (size > 1 and "MASTER_ADDR" not in os.environ):
+        raise UserError(f"the environment says process {rank} of {size}, and not where the others "
+                        "are: start several with torchrun, or unset RANK and WORLD_SIZE")
+    if here > 1 and "OMP_NUM_THREADS" not in os.environ:     # by default a process takes all cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
+    device = device_from(device)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group(backend)
+    elif backend == "nccl":              # FSDP2 is what computes in bfloat16, on one GPU too
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield ProcessGroup(rank, size, torch.device(device))
+    if dist.is_initialized():            # not after an error: the others may wait for this process
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ---- the model ----
+
+def shard_model(model: EEMLLM, group: ProcessGroup, compute_dtype: torch.dtype | None = None,
+                ) -> dict[str, Tensor]:
+    """Puts a model onto the group's devices, what is trained in float32. Returns its tensors as
+    they were.
+
+    model: as it is mapped from its files on the CPU, so that a process reads only its own shard; or
+    on "meta", to get memory without values. compute_dtype: by default bfloat16 on a GPU.
+    """
+    stored = {name: p.detach() for name, p in model.named_parameters()}
+    if compute_dtype is None and group.device.type == "cuda":
+        compute_dtype = torch.bfloat16
+    sharded = dist.is_initialized()
+    if sharded:
+        model.to("meta")
+    for p in model.parameters():
+        dtype = torch.float32 if p.requires_grad or compute_dtype is None else compute_dtype
+        p.data = p.data.to(p.device if sharded else group.device, dtype)
+    if not sharded:
+        return stored
+
+    mesh = init_device_mesh(group.device.type, (group.size,))
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    encoder = model.vision.layers if model.config.vision else ()
+    for part in (*encoder, *model.decoder.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=group.device)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            whole = stored[name]
+            rows = -(-len(whole) // group.size)              # FSDP2 deals rows as torch.chunk does
+            if not whole.is_meta:
+                p.to_local().copy_(whole[group.rank * rows:(group.rank + 1) * rows])
+    return stored
+
+
+def reshard(model: EEMLLM):
+    """After a forward pass without a backward pass: FSDP2 keeps the root's weights gathered for a
+    backward pass, and would show them, not the trained shards, as the model's parameters."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def to_local(x: Tensor) -> Tensor:
+    """This process's shard."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def save_model(model: EEMLLM, stored: dict[str, Tensor], group: ProcessGroup, folder: Path):
+    """Writes the model folder that one process would write: in the number types it came in, frozen
+    tensors to the bit. The first process writes and all gather, one tensor at a time."""
+    def lazy(name: str, p: Tensor) -> weights.Lazy:
+        def load() -> Tensor:
+            if not p.requires_grad:
+                return stored[name]
+            whole = p.full_tensor() if isinstance(p, DTensor) else p
+            return whole.detach().to("cpu", stored[name].dtype)
+        return weights.Lazy(tuple(p.shape), stored[name].dtype, load)
+
+    tensors = {name: lazy(name, p) for name, p in model.named_parameters()}
+    if group.is_first:
+        weights.save(tensors, model.config, model.tokenizer, folder)
+    else:
+        for tensor in tensors.values():
+            tensor.load()
+    if group.size > 1:
+        dist.barrier()
+
+
+# ---- checkpoints: PyTorch's own distributed format, the same for any number of processes ----
+
+def save_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup):
+    """Writes tensors (plain, or shards of whole ones): aside, flushed to the disk, then renamed.
+    Several machines must see the same folder. Raises UserError where it cannot be written."""
+    aside = folder.with_name(f".writing-{folder.name}")
+    try:
+        group.on_first(lambda: aside.mkdir(parents=True))
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(aside), no_dist=group.size == 1)
+        files = sorted(aside.iterdir())[group.rank::group.size]
+        entries = group.gather([(file.name, list(_size_and_checksum(file))) for file in files])
+        if group.is_first:
+            write_aside(aside / WHOLE, json.dumps(dict(entries)).encode())
+            aside.rename(folder)
+            flush(folder.parent)
+    except (OSError, UserError, dcp.api.CheckpointException) as error:
+        reasons = [str(e) for e, _ in getattr(error, "failures", {}).values()] or [str(error)]
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"{quoted(folder)} cannot be written ({reasons[0].splitlines()[0]}): the "
+                        "checkpoint before it stands; make room on the disk and go on with "
+                        "--resume") from error
+
+
+def is_whole(folder: Path, group: ProcessGroup) -> bool:
+    """Whether a checkpoint has all its files, each with all its bytes unchanged."""
+    damaged = 0
+    try:
+        files = sorted(json.loads((folder / WHOLE).read_text()).items())[group.rank::group.size]
+        for name, entry in files:
+            found = list(_size_and_checksum(folder / name))
+            damaged += entry not in (found, found[0])        # the first edition wrote sizes alone
+    except (OSError, ValueError, AttributeError):
+        damaged = 1
+    return group.sum(damaged) == [0]
+
+
+def _size_and_checksum(path: Path) -> tuple[int, int]:
+    size = checksum = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 24):
+            size, checksum = size + len(part), zlib.crc32(part, checksum)
+    return size, checksum
+
+
+def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup):
+    """Reads a checkpoint into tensors of the same names and shapes, sharded in any way."""
+    try:
+        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=group.size == 1)
+    except dcp.api.CheckpointException as error:
+        raise UserError(f"{quoted(folder)} holds other tensors than this run trains: finish it "
+                        "with the version that began it, or train anew (--force)") from error

@@ -1,0 +1,194 @@
+"""A run's folder: its settings, its metrics and its checkpoints.
+
+    run.json            the settings
+    metrics.jsonl       a line a step: loss, learning rate, gradient norm, tokens a second, ...
+    loss.png            its curve
+    bad_samples.jsonl   samples that could not be used, and why
+    checkpoints/        step-*: trained weights and AdamW's moments (distributed.py)
+    finished            the stage's model folder is written
+
+Whatever is here when the power fails, the run can be resumed from it.
+"""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+from nanoeemllm.border.files import (finish_replacement, quoted, read_json, replace_folder,
+                                     write_aside)
+from nanoeemllm.config import UserError
+from nanoeemllm.border.plot import line_chart
+from nanoeemllm.training.config import TrainConfig
+from nanoeemllm.training.distributed import (ProcessGroup, is_whole, load_state, save_state,
+                                             to_local)
+
+KEPT = 2      # checkpoints: the newest, and the one before in case it is damaged
+FORMAT = 2    # of the folder
+
+
+class RunFolder:
+    """The first process alone writes, aside and renamed or line by line; all write checkpoints."""
+
+    def __init__(self, folder: Path, settings: dict, group: ProcessGroup, resume: bool,
+                 force: bool = False):
+        """settings: plain JSON. Raises UserError where they are not those of the run to resume,
+        where a run would be overwritten, and where another process trains here."""
+        self.folder, self.checkpoints, self.group = folder, folder / "checkpoints", group
+        self.metrics, self.bad_samples = folder / "metrics.jsonl", folder / "bad_samples.jsonl"
+        self.bad = 0
+        settings = json.loads(json.dumps(settings)) | {"format": FORMAT}     # tuples become lists
+        self.is_finished = group.on_first(lambda: self._open(settings, resume, force))
+
+    def _open(self, settings: dict, resume: bool, force: bool) -> bool:
+        config = self.folder / "run.json"
+        finish_replacement(self.folder)
+        if self.folder.exists():
+            self._lock()
+        if config.exists() and (resume or not force):
+            if not resume:
+                raise UserError(f"{quoted(self.folder)} holds a run already: go on with it "
+                                "(--resume), train it anew (--force), or give another --out")
+            self._compare(read_json(config), settings)
+        else:
+            held = [f for f in self.folder.glob("*") if f.name[0] != "."]
+            if held and not force:
+                raise UserError(f"{quoted(self.folder)} holds {held[0].name} but no run.json: move "
+                                "it away, or train anew (--force)")
+            with replace_folder(self.folder) as aside:
+                (aside / "run.json").write_text(json.dumps(settings, indent=1))
+            self._lock()
+        self.checkpoints.mkdir(exist_ok=True)
+        for unfinished in self.checkpoints.glob(".writing-*"):
+            shutil.rmtree(unfinished)
+        return (self.folder / "finished").exists()
+
+    def _lock(self):
+        """Held until the process ends, however it ends; its data workers do not inherit it."""
+        self.lock = open(self.folder / ".lock", "a")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process trains in {quoted(self.folder)}: wait for it, or "
+                            "give another --out") from error
+
+    def _compare(self, before: dict, settings: dict):
+        if "format" not in before:
+            print(f"{quoted(self.folder)} is an earlier version's run: it goes on, but its batches "
+                  "are grouped otherwise: within 32 steps a sample may come twice or not at all")
+            path = {key: before.get("visual_path", {}).get(key) for key in settings["visual_path"]}
+            before = before | {"format": FORMAT, "visual_path": path}
+        changed = [f"{key} was {before.get(key)!r} and is now {settings.get(key)!r}"
+                   for key in sorted(before.keys() | settings.keys())
+                   if before.get(key) != settings.get(key)]
+        if changed:
+            raise UserError(f"{quoted(self.folder)} cannot be resumed with other settings: "
+                            f"{'; '.join(changed)}")
+
+    def finish(self):
+        """The stage's model folder is written: the checkpoints are not needed any more."""
+        if self.group.is_first:
+            write_aside(self.folder / "finished", b"")
+            shutil.rmtree(self.checkpoints)
+
+    # ---- checkpoints ----
+
+    def saved_steps(self) -> list[int]:
+        names = [path.name.removeprefix("step-") for path in self.checkpoints.glob("step-*")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def save(self, step: int, state: dict[str, Tensor]):
+        """Checkpoint after `step` steps; the newest KEPT stay."""
+        if not self._checkpoint(step).exists():
+            save_state(state, self._checkpoint(step), self.group)
+        if self.group.is_first:
+            for old in self.saved_steps()[:-KEPT]:
+                shutil.rmtree(self._checkpoint(old))
+
+    def load(self, state: dict[str, Tensor]) -> int:
+        """Reads the newest whole checkpoint into state. Returns its step, 0 without any. What was
+        logged after it will be logged again."""
+        step = 0
+        for saved in reversed(self.group.on_first(self.saved_steps)):
+            folder = self._checkpoint(saved)
+            if is_whole(folder, self.group):
+                step = saved
+                load_state(state, folder, self.group)
+                self._tell_zeroed(step, state)
+                break
+            if self.group.is_first:
+                print(f"the checkpoint of step {saved} is not whole: going back to the one before "
+                      "it")
+                shutil.rmtree(folder)
+        self.bad = self.group.on_first(lambda: self._forget_after(step))
+        return step
+
+    def _tell_zeroed(self, step: int, state: dict[str, Tensor]):
+        """The first edition wrote such after a held-out measurement under FSDP2."""
+        names = [name for name in state if name.endswith(" exp_avg_sq")]
+        shards = [to_local(state[name]) for name in names]
+        nonzero = self.group.sum(*(shard.count_nonzero().item() for shard in shards))
+        zeroed = nonzero.count(0)
+        if zeroed and self.group.is_first:
+            print(f"the checkpoint of step {step} has AdamW moments of zero for {zeroed} tensors "
+                  f"({names[nonzero.index(0)].split()[0]}, ...): where these were trained before, "
+                  "an earlier version has lost them, and the run does not go on as if it had never "
+                  "stopped; --force trains anew")
+
+    def _forget_after(self, step: int) -> int:
+        """Returns how many bad samples stay."""
+        stays = 0
+        for file in (self.metrics, self.bad_samples):
+            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+            kept = [line for line in lines if _step_of(line) <= step]
+            stays = len(kept)
+            if kept != lines:
+                write_aside(file, "".join(kept).encode())
+        return stays
+
+    # ---- metrics ----
+
+    def log(self, line: dict):
+        if self.group.is_first:
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def log_bad(self, step: int, bad: list[tuple[str, str]], config: TrainConfig, allowed: float):
+        """Writes down samples that could not be used. Raises UserError where they are more than the
+        part `allowed` of all samples so far, of which the first thousand count as one."""
+        self.bad += len(bad)
+        if self.group.is_first:
+            with open(self.bad_samples, "a") as file:
+                for key, reason in bad:
+                    file.write(json.dumps({"step": step, "id": key, "reason": reason}) + "\n")
+        seen = step * config.batch_size
+        if self.bad > allowed * max(seen, min(1000, config.steps * config.batch_size)):
+            key, reason = bad[-1]
+            raise UserError(f"{self.bad} of {seen:,} samples so far could not be used, over "
+                            f"{allowed:.2%} (the last: {key}: {reason}): see "
+                            f"{quoted(self.bad_samples)}, mend them or allow more with --max-bad; "
+                            "then --resume")
+
+    def draw_curve(self):
+        if self.group.is_first:
+            lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+            series = {}
+            for name, key in (("training", "loss"), ("held out", "held_out_loss")):
+                points = [(line["step"], line[key]) for line in lines if key in line]
+                if points:
+                    series[name] = points
+            line_chart(self.folder / "loss.png", series, title=self.folder.name, x_label="step",
+                       y_label="loss", log_y=True)
+
+
+def _step_of(line: str) -> float:
+    """A line that was cut short belongs to no step."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+    except (ValueError, TypeError, KeyError):
+        return float("inf")

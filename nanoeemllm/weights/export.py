@@ -1,0 +1,171 @@
+"""A model folder -> a folder that transformers, and what builds on it, loads.
+
+With an encoder it is LlavaForConditionalGeneration, else LlamaForCausalLM. Tensors are streamed and
+keep their type. Read again by published.read, the folder gives the same model, bit for bit; where
+the tokenizer had no <image> yet, with rows for it.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, processors
+from torch import Tensor
+
+from nanoeemllm.border.files import quoted, replace_folder
+from nanoeemllm.config import ModelConfig, UserError, VisionConfig
+from nanoeemllm.prompt import IMAGE_TEXT
+from nanoeemllm.weights.chat import jinja
+from nanoeemllm.weights.folder import (Lazy, is_model, read_config, read_safetensors,
+                                       read_tokenizer, shards, write_json, write_weights)
+from nanoeemllm.weights.published import LLAVA, LLM, published_name, published_shape
+from nanoeemllm.weights.tokenizer import Tokenizer
+
+
+def export(model: Path, out: Path) -> str:
+    """Returns the name of the layout. Raises UserError that names what it cannot say."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{quoted(out)} is there already: choose another --out")
+    if not is_model(model):
+        raise UserError(f"{quoted(model)} is no model folder; --to-hf writes one out")
+    config = read_config(model)
+    tokenizer = read_tokenizer(model, config)
+    library = tokenizer_with(tokenizer, config)
+    layouts, rows = LLM, config.llama.vocab_size
+    if config.vision is not None:
+        check(config)
+        layouts, rows = LLAVA, max(rows, library.token_to_id(IMAGE_TEXT) + 1)
+    (name, layout), = layouts.items()
+    tensors = export_tensors(model, config, layout.parts, rows)
+    words = {"architectures": [name], "model_type": layout.model_type,
+             "torch_dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
+    configurations = text_configurations(config, tokenizer, rows)
+    if config.vision is not None:
+        add_vision(configurations, config.vision, library.token_to_id(IMAGE_TEXT))
+    configurations["config.json"] |= words
+    with replace_folder(out) as aside:
+        write_weights(aside, tensors, progress=True)
+        (aside / "tokenizer.json").write_text(library.to_str(), encoding="utf-8")
+        for file, data in configurations.items():
+            write_json(aside / file, data)
+        # processors look for it in a file of its own
+        template = configurations["tokenizer_config.json"]["chat_template"]
+        (aside / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return name
+
+
+def check(config: ModelConfig) -> None:
+    path, vision = config.visual_path, config.vision
+    if path.own_weights:
+        raise UserError(f"LLaVA's layout has no place for {path.name}'s own weights")
+    resize = {"clip": "pad", "siglip": "square"}[vision.architecture]
+    if vision.resize != resize:
+        raise UserError(f"LLaVA's layout has no native aspect ratio: its {vision.architecture} "
+                        f"images are made one size (resize {resize}, not {vision.resize})")
+    if not path.computes_llava_attention:
+        print(f"note: LLaVA's layout computes LLaVA's attention, not that of {path.name}",
+              file=sys.stderr)
+    if vision.architecture == "siglip" and vision.post_layernorm:
+        print("note: SigLIP's last norm is asked for by tie_last_hidden_states, which transformers "
+              "before 5.24 passes over", file=sys.stderr)
+
+
+# ---- weights ----
+
+def export_tensors(folder: Path, config: ModelConfig, parts: dict[str, tuple[str, ...]],
+                   rows: int) -> dict[str, Lazy]:
+    """By their published names. rows: of the vocabulary's tables."""
+    ours = {}
+    for path, names in shards(folder, "model.safetensors").items():
+        ours |= read_safetensors(path, names)
+    if config.vision is not None and not config.vision.post_layernorm:   # not used, but looked for
+        for kind in ("weight", "bias"):
+            ours[f"vision.post_layernorm.{kind}"] = ours[f"vision.layers.0.layer_norm1.{kind}"]
+    prefixes = {prefix: theirs[0] for prefix, theirs in parts.items()}
+    tensors = {}
+    for name, x in ours.items():
+        shape = published_shape(name, x.shape, config)
+        if name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight"):
+            shape = (rows, *shape[1:])
+        tensors[published_name(name, prefixes)] = Lazy(shape, x.dtype,
+                                                       functools.partial(reshaped, x, shape))
+    return tensors
+
+
+def reshaped(x: Lazy, shape: tuple) -> Tensor:
+    """New rows of a vocabulary are the mean of the others: never the likeliest token."""
+    table = x.load()
+    new = shape[0] - len(table)
+    if new > 0:
+        table = torch.cat([table, table.float().mean(0, keepdim=True).to(x.dtype).expand(new, -1)])
+    return table.reshape(shape)
+
+
+# ---- tokenizer and configurations ----
+
+def tokenizer_with(tokenizer: Tokenizer, config: ModelConfig) -> tokenizers.Tokenizer:
+    """The tokenizer with what transformers looks for in it: BOS before a text, and <image>."""
+    data = json.loads(tokenizer.to_json())
+    steps = (data["normalizer"] or {}).get("normalizers", [])
+    if not tokenizer.prefix_after_special:       # Metaspace puts the dummy space, at the very start
+        steps[:] = [step for step in steps if step["type"] != "Prepend"]
+    library = tokenizers.Tokenizer.from_str(json.dumps(data))
+    if config.vision is not None:
+        library.add_special_tokens([AddedToken(IMAGE_TEXT, special=True, normalized=False)])
+    if tokenizer.bos_id is not None:
+        bos = tokenizer.name_of(tokenizer.bos_id)
+        library.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], special_tokens=[(bos, tokenizer.bos_id)])
+    return library
+
+
+def text_configurations(config: ModelConfig, tokenizer: Tokenizer, rows: int) -> dict[str, dict]:
+    """File name -> what it holds, for a language model."""
+    stops = list(dict.fromkeys([*tokenizer.eos_ids, tokenizer.end_id(config.chat_template)]))
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": stops[0]}
+    rope, end = config.llama.rope_scaling, tokenizer.name_of(stops[0])
+    text = {**dataclasses.asdict(config.llama), **ids, "vocab_size": rows, "hidden_act": "silu",
+            "model_type": "llama", "attention_bias": False, "mlp_bias": False,
+            "rope_scaling": rope and {"rope_type": "llama3", **dataclasses.asdict(rope)}}
+    after_bos = "" if tokenizer.prefix_after_special else " "
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+             "model_max_length": config.llama.max_position_embeddings, "eos_token": end,
+             "pad_token": end, "add_bos_token": tokenizer.bos_id is not None,
+             "chat_template": jinja(config.chat_template, after_bos)}
+    if tokenizer.bos_id is not None:
+        words["bos_token"] = tokenizer.name_of(tokenizer.bos_id)
+    return {"config.json": text, "generation_config.json": ids, "tokenizer_config.json": words}
+
+
+def add_vision(files: dict[str, dict], vision: VisionConfig, image_id: int) -> None:
+    """What LLaVA's layout says of the encoder and of images."""
+    clip, text = vision.architecture == "clip", files["config.json"]
+    processor = {"processor_class": "LlavaProcessor", "image_token": IMAGE_TEXT}
+    strategy = {"vision_feature_select_strategy": "default" if clip else "full"}
+    files["config.json"] = {
+        **strategy, "text_config": text, "vision_config": vision_config(vision),
+        "vision_feature_layer": -1, "projector_hidden_act": "gelu", "image_token_index": image_id,
+        "multimodal_projector_bias": True, "image_seq_length": vision.grid_size ** 2,
+        "tie_word_embeddings": text["tie_word_embeddings"]}
+    files["tokenizer_config.json"] |= processor
+    files["processor_config.json"] = {**processor, **strategy, "patch_size": vision.patch_size,
+                                      "num_additional_image_tokens": int(clip)}
+    square = {"height": vision.image_size, "width": vision.image_size}
+    files["preprocessor_config.json"] = {
+        "image_processor_type": "LlavaImageProcessor" if clip else "SiglipImageProcessor",
+        "processor_class": "LlavaProcessor", "do_pad": clip, "size": square, "crop_size": square,
+        "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": vision.image_mean, "image_std": vision.image_std}
+
+
+def vision_config(vision: VisionConfig) -> dict:
+    copied = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "patch_size", "image_size", "layer_norm_eps")
+    act = {"quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}[vision.hidden_act]
+    return {**{key: getattr(vision, key) for key in copied}, "hidden_act": act, "num_channels": 3,
+            "model_type": f"{vision.architecture}_vision_model", "vision_use_head": False,
+            "tie_last_hidden_states": vision.post_layernorm}       # features after the last norm
