@@ -28,7 +28,7 @@ from nanoeemllm.data.images import prepare_image
 from nanoeemllm.llama import SelfAttention
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import TEMPLATES, encode_conversation
-from nanoeemllm.toy.world import (COLOURS, PLACES, SHAPES, Thing, ToyDataset, WorldConfig, caption,
+from nanoeemllm.toy.world import (COLOURS, PLACES, SHAPES, Scene, ToyDataset, WorldConfig, caption,
                                   description, draw, make_scene, make_tokenizer)
 from nanoeemllm.training.config import TrainConfig, learning_rate, make_optimizer
 from nanoeemllm.vision import VisionTransformer
@@ -101,14 +101,14 @@ def train_encoder(world: WorldConfig, config: ModelConfig) -> dict:
     return vision.state_dict()
 
 
-def true_words(scene: list[Thing], side: int) -> Tensor:
+def true_words(scene: Scene, side: int) -> Tensor:
     """(side * side, words), 0 or 1: shape, colour and place of the thing in whose place a patch's
     middle lies, or "nothing"."""
     truth = torch.zeros(len(WORDS), 3, 3)
     truth[-1] = 1
-    for thing in scene:
-        words = (thing.shape, thing.colour, PLACES[thing.place])
-        truth[:, thing.place // 3, thing.place % 3] = torch.tensor([float(w in words) for w in WORDS])
+    for shape, colour, place, _ in scene:
+        true = [float(word in (shape, colour, PLACES[place])) for word in WORDS]
+        truth[:, place // 3, place % 3] = torch.tensor(true)
     return F.interpolate(truth[None], (side, side), mode="nearest-exact")[0].flatten(1).T
 
 
@@ -142,10 +142,9 @@ def lean_to_likeness(attention: SelfAttention):
     a minute, does not, and spends most of stage 2 naming any thing in the image.
     """
     assert attention.group == 1         # as many key heads as query heads: all four are (C, C)
-    q, k, v, o = (layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj,
-                                             attention.o_proj))
-    k.copy_((k + q) / 2 ** 0.5)         # a sum of two, with the spread of one
-    o.copy_((o + v.T) / 2 ** 0.5)
+    k, o = attention.k_proj.weight, attention.o_proj.weight
+    k.copy_((k + attention.q_proj.weight) / 2 ** 0.5)           # a sum of two, the spread of one
+    o.copy_((o + attention.v_proj.weight.T) / 2 ** 0.5)
 
 
 def document(world: WorldConfig, index: int, tokenizer: Tokenizer, config: ModelConfig) -> Sample:

@@ -119,9 +119,9 @@ def train(run: Run, folder: Path) -> Path:
         make_backbones(model, WorldConfig(run.size))
     with locked(out) as lock:
         for stage, steps in STEPS.items():
-            flags = (f"--stage {stage} --resume --device cpu --seed {run.seed} --batch-size {BATCH} "
-                     f"--steps {max(1, round(steps * run.share))} --picture-size {run.size} "
-                     f"--visual-path {run.path}")
+            flags = (f"--stage {stage} --resume --device cpu --seed {run.seed} "
+                     f"--picture-size {run.size} --batch-size {BATCH} "
+                     f"--steps {max(1, round(steps * run.share))} --visual-path {run.path}")
             command = [sys.executable, SCRIPT, "--init", model, "--out", out, *flags.split()]
             # The child has the lock as well, in case that this process ends before it.
             child = subprocess.Popen(command, pass_fds=[lock])

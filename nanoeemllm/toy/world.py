@@ -167,24 +167,26 @@ class Question(NamedTuple):
 
 
 def questions(scene: Scene) -> list[Question]:
-    """Everything that can be asked about a scene."""
-    content = {thing.place: f"{thing.colour} {thing.shape}" for thing in scene}
-    shapes = [thing.shape for thing in scene]
+    """Everything that can be asked about a scene. A seed's choice depends on the kinds' order."""
     found = [("caption", "describe the picture thing by thing.", caption(scene, "thing")),
              ("caption", "describe the picture place by place.", caption(scene, "place")),
              ("how-many", "how many things are there?", NUMBERS[len(scene)])]
-    for place, name in enumerate(PLACES):
-        found.append(("what-is-at", f"what is at {name}?", content.get(place, "nothing")))
-    for thing in scene:
-        found.append(("colour", f"what colour is the {thing.shape}?", thing.colour))
-        found.append(("where", f"where is the {thing.shape}?", PLACES[thing.place]))
-    for shape in SHAPES:
-        found.append(("is-there", f"is there a {shape}?", "yes" if shape in shapes else "no"))
+    content = dict.fromkeys(PLACES, "nothing")
+    is_there = dict.fromkeys(SHAPES, "no")
+    look_ups = []
+    for shape, colour, place, _ in scene:
+        content[PLACES[place]] = f"{colour} {shape}"
+        is_there[shape] = "yes"
+        look_ups.append(("colour", f"what colour is the {shape}?", colour))
+        look_ups.append(("where", f"where is the {shape}?", PLACES[place]))
+    found += [("what-is-at", f"what is at {place}?", content[place]) for place in PLACES]
+    found += look_ups
+    found += [("is-there", f"is there a {shape}?", is_there[shape]) for shape in SHAPES]
     return [Question(*question) for question in found]
 
 
-def by_kind(scene: Scene) -> dict[str, tuple[list, list]]:
-    """kind -> questions answered by "nothing" or "no", and the others."""
+def by_kind(scene: Scene) -> dict:
+    """kind -> (questions answered by "nothing" or "no", the others)"""
     kinds = {}
     for question in questions(scene):
         empty, full = kinds.setdefault(question.kind, ([], []))
@@ -209,7 +211,7 @@ LESSON = {"caption": (0, 1), "how-many": (0, 1), "what-is-at": (1, 2), "colour":
 
 
 def lesson(scene: Scene, rng: random.Random) -> list[Question]:
-    """The questions of a stage 2 conversation. Many short look-ups teach more a second than a long
+    """The questions of a stage 2 conversation. Short look-ups teach more a second than a long
     caption, so every other conversation has none."""
     chosen = []
     for kind, groups in by_kind(scene).items():
@@ -227,7 +229,7 @@ class ToyDataset:
 
     caption         an image and a caption (stage 1)
     conversation    an image and a lesson's questions (stage 2)
-    text            a description and a question of every kind: the tiny Llama learns language from it
+    text            a description and a question of every kind (the tiny Llama's first lessons)
     """
     world: WorldConfig
     split: str
@@ -240,18 +242,20 @@ class ToyDataset:
     def __getitem__(self, i: int) -> dict:
         scene = make_scene(self.world, self.split, i)
         rng = random.Random(f"{self.world.seed} {self.split} {i} {self.kind}")
-        if self.kind == "text":
-            first, asked = description(scene, rng) + "\n", ask(scene, rng)
-        elif self.kind == "caption":
-            order = rng.choice(("thing", "place"))
-            first, asked = "<image>", [Question("caption", "", caption(scene, order))]
+        first = "<image>\n"
+        if self.kind == "caption":
+            first = "<image>"
+            asked = [Question("caption", "", caption(scene, rng.choice(("thing", "place"))))]
+        elif self.kind == "conversation":
+            asked = lesson(scene, rng)
         else:
-            first, asked = "<image>\n", lesson(scene, rng)
+            first = description(scene, rng) + "\n"
+            asked = ask(scene, rng)
         turns = []
         for _, question, answer in asked:
-            turns.append({"from": "human", "value": question})
+            turns.append({"from": "human", "value": first + question})
             turns.append({"from": "gpt", "value": answer})
-        turns[0]["value"] = first + turns[0]["value"]
+            first = ""
         item = {"id": f"{self.split}-{i}"}
         if self.kind != "text":
             item["image"] = draw(scene, self.world.picture_size)
