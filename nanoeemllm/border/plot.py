@@ -19,11 +19,11 @@ def line_chart(file: str | Path, series: dict[str, list], title: str = "", x_lab
                y_label: str = "", log_x: bool = False, log_y: bool = False):
     """series: name -> points (x, y) in order of x; a line of under 40 points shows them as dots.
     Points that are not finite, or not over 0 on a logarithmic axis, are left out."""
-    low_x = 0 if log_x else -math.inf
-    low_y = 0 if log_y else -math.inf
-    lines = {}
-    for name, points in series.items():
-        lines[name] = [(x, y) for x, y in points if low_x < x < math.inf and low_y < y < math.inf]
+    def is_shown(point):
+        x, y = point
+        return math.isfinite(x + y) and (x > 0 or not log_x) and (y > 0 or not log_y)
+
+    lines = {name: list(filter(is_shown, points)) for name, points in series.items()}
     points = sum(lines.values(), [])
     x_of, x_marks = axis([x for x, _ in points], log_x, LEFT + MARGIN, RIGHT - MARGIN)
     y_of, y_marks = axis([y for _, y in points], log_y, BOTTOM - MARGIN, TOP + MARGIN)

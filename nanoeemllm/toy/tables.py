@@ -32,14 +32,14 @@ from nanoeemllm.border.command import Parser, positive, run_command
 from nanoeemllm.border.files import read_json, write_aside
 from nanoeemllm.border.plot import line_chart
 from nanoeemllm.config import PRESETS, UserError
+from nanoeemllm.data import cost
 from nanoeemllm.evaluation import evaluate_rows
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import encode_prompt
 from nanoeemllm.toy.backbones import make_backbones, tiny_config, tiny_tokenizer
 from nanoeemllm.toy.world import WorldConfig, exam
-from nanoeemllm.data import cost
-from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.weights.folder import load
+from nanoeemllm.weights.initialize import initialize
 
 STEPS = {"pretrain": 300, "finetune": 800}
 BATCH, QUESTIONS = 16, 700
@@ -131,9 +131,10 @@ def train(run: Run, folder: Path) -> Path:
                 child.wait()
                 raise
             model = out / stage
-            if child.returncode or not (model / "config.json").exists():
-                raise UserError(f"{out}: train.py ended with exit code {child.returncode} before "
-                                f"the end of {stage}; the same command goes on")
+            if child.returncode:
+                raise UserError(f"{out}: train.py ended with exit code {child.returncode}")
+            if not (model / "config.json").exists():            # it alone was stopped
+                raise KeyboardInterrupt
     return model
 
 
@@ -155,9 +156,8 @@ def locked(folder: Path):
 def visual_path_of(run: Run):
     parser = Parser("")
     paths.add_flags(parser)
-    flags = run.scored_path or run.path
-    args = parser.parse_args(["--visual-path", *flags.split()])
-    return paths.from_args(args, PRESETS["tiny"])
+    flags = f"--visual-path {run.scored_path or run.path}"
+    return paths.from_args(parser.parse_args(flags.split()), PRESETS["tiny"])
 
 
 def score(run: Run, folder: Path) -> float:
@@ -244,7 +244,7 @@ def add_results(file: Path, part: str, found: dict) -> dict:
 
 
 def run_missing(tables: list, seeds: int, out: Path, file: Path):
-    results = add_results(file, "runs", {})     # refuses a file that cannot be written before work
+    results = add_results(file, "runs", {})     # a file that cannot be written is told before work
     for seed, table in itertools.product(range(seeds), tables):
         for run in TABLES[table].values():
             run = run._replace(seed=seed)
@@ -262,8 +262,8 @@ def run_missing(tables: list, seeds: int, out: Path, file: Path):
 # ---- tables ----
 
 def accuracies(results: dict, run: Run, seeds: int) -> list:
-    found = (results["runs"].get(run._replace(seed=seed).name) for seed in range(seeds))
-    return [scored["accuracy"] for scored in found if scored]
+    names = [run._replace(seed=seed).name for seed in range(seeds)]
+    return [results["runs"][name]["accuracy"] for name in names if name in results["runs"]]
 
 
 def draw(table: str, results: dict, seeds: int) -> list:

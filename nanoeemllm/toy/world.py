@@ -143,21 +143,17 @@ def _sprite(shape: str, size: int) -> Image.Image:
 SENTENCES = {"thing": "the {0} is {1} at {2}.", "place": "at {2} a {1} {0}."}       # word orders
 
 
-def sentence(thing: Thing, order: str) -> str:
-    return SENTENCES[order].format(thing.shape, thing.colour, PLACES[thing.place])
-
-
 def caption(scene: Scene, order: str) -> str:
     """order "thing": alphabetical, "place": as one reads."""
     if order == "place":
         scene = sorted(scene, key=lambda thing: thing.place)
-    return " ".join(sentence(thing, order) for thing in scene)
+    return " ".join(SENTENCES[order].format(t.shape, t.colour, PLACES[t.place]) for t in scene)
 
 
 def description(scene: Scene, rng: random.Random) -> str:
     """The scene in words for text-only samples: things in any order, each worded either way."""
     things = rng.sample(scene, len(scene))
-    return " ".join(sentence(thing, rng.choice(("thing", "place"))) for thing in things)
+    return " ".join(caption([thing], rng.choice(("thing", "place"))) for thing in things)
 
 
 class Question(NamedTuple):
@@ -273,12 +269,12 @@ def make_tokenizer(extra_words: str = "") -> Tokenizer:
     """
     scene = list(map(Thing, SHAPES, COLOURS, range(6), range(6)))
     texts = [f"{question} {answer}" for _, question, answer in questions(scene)]
-    # "above" and "of" are in no text: without them every id, and so every seed's model, changes.
+    # "above" and "of" are in no text. Without them the ids, so every seed's model, would change.
     text = " ".join([*texts, *NUMBERS, *PLACES, "nothing no above of \n", extra_words])
     words = sorted(set(re.findall(WORD, text.lower())))
     special = ["<unk>", "<s>", "</s>"]
-    vocabulary = {word: i for i, word in enumerate(special + words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    ids = {word: i for i, word in enumerate(special + words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
     tokenizer.decoder = decoders.WordPiece(cleanup=True)        # no space before a full stop
