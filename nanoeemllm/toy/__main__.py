@@ -32,7 +32,7 @@ def main():
             export_tsv(world, args.export_tsv, args.n, args.split or "held-out")
     except OSError as error:
         raise UserError(error) from None
-    print("wrote", args.export or "", args.export_tsv or "")
+    print("wrote", *filter(None, (args.export, args.export_tsv)))
 
 
 if __name__ == "__main__":
