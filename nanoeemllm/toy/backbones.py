@@ -11,7 +11,11 @@ is and where. An empty patch says "nothing" and not its place: when it did, the 
 "where is the cat?" by ruling out the empty places, and hardly ever learned to look for the cat.
 """
 
+import math
+import multiprocessing
 import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,22 +27,22 @@ from tqdm import tqdm
 from nanoeemllm.border.files import read_json
 from nanoeemllm.border.typed import read_config
 from nanoeemllm.config import PRESETS, ModelConfig, UserError
-from nanoeemllm.data import Sample, collate
+from nanoeemllm.data import Sample
 from nanoeemllm.data.images import prepare_image
 from nanoeemllm.llama import SelfAttention
+from nanoeemllm.data import collate
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import TEMPLATES, encode_conversation
-from nanoeemllm.toy.world import (COLOURS, PLACES, SHAPES, Scene, ToyDataset, WorldConfig, caption,
+from nanoeemllm.weights.tokenizer import Tokenizer
+from nanoeemllm.toy.world import (COLOURS, PLACES, SHAPES, Thing, ToyDataset, WorldConfig, caption,
                                   description, draw, make_scene, make_tokenizer)
-from nanoeemllm.training.config import TrainConfig, learning_rate, make_optimizer
+from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.vision import VisionTransformer
 from nanoeemllm.weights.folder import save
-from nanoeemllm.weights.initialize import initialize
-from nanoeemllm.weights.tokenizer import Tokenizer
 
-# 3e-3 failed in earlier trials of this size
-ENCODER = TrainConfig("encoder", 800, 16, 1e-3, warmup=0.06, weight_decay=0.01, betas=(0.9, 0.98))
-LANGUAGE = replace(ENCODER, stage="language", steps=400, warmup=0.12)
+ENCODER_STEPS, LANGUAGE_STEPS = 800, 400
+BATCH = 16
+LEARNING_RATE = 1e-3                    # 3e-3 failed in earlier trials of this size
 WORDS = (*SHAPES, *COLOURS, *PLACES, "nothing")
 
 
@@ -47,20 +51,25 @@ def make_backbones(folder: Path, world: WorldConfig, force: bool = False):
 
     One that is there already is kept, unless `force`. Raises UserError if its image size differs.
     """
-    file = folder / "config.json"
-    if file.exists() and not force:
-        vision = read_config(read_json(file), str(file)).vision
-        if vision is None or vision.image_size != world.picture_size:
+    if (folder / "config.json").exists() and not force:
+        found = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+        if found.vision is None or found.vision.image_size != world.picture_size:
             raise UserError(f"{folder} was made for pictures of another size than "
                             f"{world.picture_size}: give another --out, or --force")
         return
     config = tiny_config(world)
+    spawn = multiprocessing.get_context("spawn")    # a fork would copy PyTorch's threads half-dead
+    with ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,)) as pool:
+        vision = pool.submit(train_encoder, world, config)
+        decoder = pool.submit(train_language, world, config)
+        trained = vision.result() | decoder.result()
     torch.manual_seed(world.seed)
     model = EEMLLM(config)
     initialize(model)
-    model.vision.load_state_dict(train_encoder(world, config))
-    model.decoder.load_state_dict(train_language(world, config))
-    save(model.state_dict(), config, tiny_tokenizer(config), folder)
+    state = model.state_dict()
+    for name, x in trained.items():
+        state[name] = torch.from_numpy(x)
+    save(state, config, tiny_tokenizer(config), folder)
 
 
 def tiny_config(world: WorldConfig) -> ModelConfig:
@@ -71,54 +80,55 @@ def tiny_config(world: WorldConfig) -> ModelConfig:
 
 def tiny_tokenizer(config: ModelConfig) -> Tokenizer:
     """The world's words and those of the chat template."""
-    *texts, _ = TEMPLATES[config.chat_template]
-    return Tokenizer(make_tokenizer(" ".join(texts)))
+    template = TEMPLATES[config.chat_template]
+    return Tokenizer(make_tokenizer(" ".join(part for part in template if isinstance(part, str))))
 
 
 # ---- the encoder ----
 
 def train_encoder(world: WorldConfig, config: ModelConfig) -> dict:
-    """The encoder's weights. The words' vectors are thrown away."""
+    """The model's weights "vision.*" as numpy arrays. The words' vectors are thrown away."""
     torch.manual_seed(world.seed)
-    side = config.vision.grid_size
     vision = VisionTransformer(config.vision)
     nn.init.normal_(vision.position_embedding.weight, std=0.1)  # PyTorch's 1.0 drowns the pixels
-    learned = nn.ParameterDict({"words": torch.randn(len(WORDS), config.vision.hidden_size),
-                                "bias": torch.tensor(-3.0)})
+    words = nn.Parameter(torch.randn(len(WORDS), config.vision.hidden_size))
+    bias = nn.Parameter(torch.tensor(-3.0))
 
     def loss(indices: range) -> Tensor:
         scenes = [make_scene(world, "train", i) for i in indices]
         images = [draw(scene, world.picture_size) for scene in scenes]
-        patches = torch.cat([prepare_image(image, config.vision)[0] for image in images])
-        features = vision(patches, [(side, side)] * len(images))                # (patches, width)
-        scores = features @ F.normalize(learned["words"], dim=1).T + learned["bias"]
-        truth = torch.cat([true_words(scene, side) for scene in scenes])        # (patches, words)
+        patches, grids = zip(*(prepare_image(image, config.vision) for image in images))
+        features = vision(torch.cat(patches), list(grids))                      # (patches, width)
+        scores = features @ F.normalize(words, dim=1).T + bias                  # (patches, words)
+        truth = torch.cat([true_words(scene, config.vision.grid_size) for scene in scenes])
         weight = 0.2 + 0.8 * truth                      # three words are true, nineteen false
         losses = F.binary_cross_entropy_with_logits(scores, truth, weight, reduction="sum")
         return 3 * losses / weight.sum()
 
-    optimize(nn.ModuleList([vision, learned]), loss, ENCODER)
-    return vision.state_dict()
+    optimize([*vision.parameters(), words, bias], loss, ENCODER_STEPS, "encoder", 0)
+    return as_numpy(vision, "vision.")
 
 
-def true_words(scene: Scene, side: int) -> Tensor:
-    """(side * side, words), 0 or 1: shape, colour and place of the thing in whose place a patch's
-    middle lies, or "nothing"."""
-    truth = torch.zeros(len(WORDS), 3, 3)
-    truth[-1] = 1
-    for shape, colour, place, _ in scene:
-        true = [float(word in (shape, colour, PLACES[place])) for word in WORDS]
-        truth[:, place // 3, place % 3] = torch.tensor(true)
-    return F.interpolate(truth[None], (side, side), mode="nearest-exact")[0].flatten(1).T
+def true_words(scene: list[Thing], side: int) -> Tensor:
+    """(side * side, words), 0 or 1: shape, colour and place of the thing in whose place a patch
+    lies, or "nothing"."""
+    places = torch.zeros(len(PLACES), len(WORDS))
+    places[:, -1] = 1
+    for thing in scene:
+        words = (thing.shape, thing.colour, PLACES[thing.place])
+        places[thing.place, [WORDS.index(word) for word in words]] = 1
+        places[thing.place, -1] = 0
+    third = (2 * torch.arange(side) + 1) * 3 // (2 * side)      # 0, 1 or 2, by the patch's middle
+    return places[(third[:, None] * 3 + third).flatten()]
 
 
 # ---- the language model ----
 
 def train_language(world: WorldConfig, config: ModelConfig) -> dict:
-    """The decoder's weights, but for what a visual path adds to them."""
+    """The model's weights "decoder.*" as numpy arrays."""
     torch.manual_seed(world.seed)
     tokenizer = tiny_tokenizer(config)
-    model = EEMLLM(replace(config, vision=None))
+    model = EEMLLM(replace(config, vision=None), tokenizer)
     for name, p in model.named_parameters():
         if p.dim() > 1:                 # the usual spread of 0.02 is for widths of thousands
             nn.init.normal_(p, std=1 if "embed" in name else p.shape[1] ** -0.5)
@@ -129,8 +139,8 @@ def train_language(world: WorldConfig, config: ModelConfig) -> dict:
         batch = collate([document(world, i, tokenizer, config) for i in indices])
         return model(batch) / len(batch.targets)
 
-    optimize(model, loss, LANGUAGE)
-    return model.decoder.state_dict()
+    optimize(list(model.parameters()), loss, LANGUAGE_STEPS, "language", 1)
+    return as_numpy(model.decoder, "decoder.")
 
 
 @torch.no_grad()
@@ -141,10 +151,14 @@ def lean_to_likeness(attention: SelfAttention):
     A large language model looks things up by name long before it meets an image. One this small, in
     a minute, does not, and spends most of stage 2 naming any thing in the image.
     """
-    assert attention.group == 1         # as many key heads as query heads: all four are (C, C)
-    k, o = attention.k_proj.weight, attention.o_proj.weight
-    k.copy_((k + attention.q_proj.weight) / 2 ** 0.5)           # a sum of two, the spread of one
-    o.copy_((o + attention.v_proj.weight.T) / 2 ** 0.5)
+    group, D = attention.group, attention.head_dim              # query heads of a key head
+    q, k = attention.q_proj.weight, attention.k_proj.weight     # (H D, C), (G D, C)
+    v, o = attention.v_proj.weight, attention.o_proj.weight     # (G D, C), (C, H D)
+    q_of_group = q.unflatten(0, (-1, group, D)).sum(1) / group ** 0.5
+    v_of_heads = v.unflatten(0, (-1, 1, D)).expand(-1, group, -1, -1)
+    half = 2 ** 0.5                                             # keeps the spread of a sum of two
+    k.copy_((k + q_of_group.flatten(0, 1)) / half)
+    o.copy_((o + v_of_heads.flatten(0, 2).T) / half)
 
 
 def document(world: WorldConfig, index: int, tokenizer: Tokenizer, config: ModelConfig) -> Sample:
@@ -162,15 +176,22 @@ def document(world: WorldConfig, index: int, tokenizer: Tokenizer, config: Model
 
 # ---- both ----
 
-def optimize(model: nn.Module, loss_of, config: TrainConfig):
-    """loss_of: a range of indices of training samples -> their mean loss"""
-    params = dict(model.named_parameters())
-    optimizer = make_optimizer(params, config)
-    for step in tqdm(range(config.steps), config.stage, disable=None):
-        first = step * config.batch_size
-        loss_of(range(first, first + config.batch_size)).backward()
-        nn.utils.clip_grad_norm_(params.values(), config.clip)
+def optimize(params: list[nn.Parameter], loss_of: Callable[[range], Tensor], steps: int, name: str,
+             line: int):
+    """AdamW with warm-up and cosine decay to 0. line: of the progress bar on the screen."""
+    matrices = {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.01}
+    others = {"params": [p for p in params if p.dim() < 2], "weight_decay": 0}
+    optimizer = torch.optim.AdamW([matrices, others], betas=(0.9, 0.98))
+    for step in tqdm(range(steps), name, position=line, disable=None, mininterval=0.5):
+        loss_of(range(step * BATCH, (step + 1) * BATCH)).backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        decay = 1 + math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = LEARNING_RATE * min(1, (step + 1) / 50) * decay / 2
         optimizer.step()
         optimizer.zero_grad()
+
+
+def as_numpy(module: nn.Module, prefix: str) -> dict:
+    """Arrays travel between processes without shared memory."""
+    return {prefix + name: x.numpy() for name, x in module.state_dict().items()}
