@@ -33,7 +33,7 @@ def frozen():
             h = self.input_layernorm(x)
             keys = ctx.keys(self.index, *a.keys_values(h, ctx.rope))
             heads = attention(a.queries(h[:ctx.T], ctx.rope_text), keys, ctx.sees)
-            text = self.feed_forward(text + a.o_proj(heads.flatten(1)), ctx)
+            text = self.feed_forward(text + a.o_proj(heads.flatten(1)))
             return text if self.is_last else torch.cat([text, x[ctx.T:]])
 
     @register
