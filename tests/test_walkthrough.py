@@ -27,7 +27,7 @@ def test_steps_shapes_and_mask(printed):
                  "ViT (36, 128) -> projector (36, 128): V = 36 visual tokens",
                  "T = 10 text rows first, then V = 36 visual rows",
                  "(46, 128) -> 3 layers -> text rows alone (10, 128)",
-                 "keys and values: visual (36, 4, 32), text (10, 4, 32)"):
+                 "keys, values: visual (36, 4, 32), text (10, 4, 32)"):
         assert line in printed, line
     lists = {name: [int(n) for n in numbers.split()] for name, numbers in
              re.findall(r"^   (position|sees_\w+) +([\d ]+)$", printed, re.MULTILINE)}
