@@ -1,10 +1,10 @@
 """Before a run: what it needs and costs (--dry-run), and what it will train on (--show-batch)."""
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 
@@ -90,24 +90,23 @@ def seconds_of(model: EEMLLM, batch: Batch) -> float:
 def show_batch(batch: Batch, tokenizer: Tokenizer) -> Iterator[str]:
     """Lines of a packed batch as text: target words in green, `[h x w picture]`s where they stand,
     a rule between samples. Read from what the model gets, not from the conversations."""
-    is_target = torch.zeros(len(batch.ids), dtype=torch.bool)
+    layout, ids = batch.layout, batch.ids.tolist()
+    is_target = torch.zeros(len(ids), dtype=torch.bool)
     is_target[batch.target_rows + 1] = True
-    is_target, position = is_target.tolist(), batch.layout.text.position.tolist()
-    grids = iter(batch.layout.grids)
-    yield (f"{len(batch.keys)} samples, {len(batch.ids):,} text rows, {len(batch.patches):,} "
-           f"visual rows, {len(batch.targets):,} target tokens ({GREEN}green{PLAIN}), no padding")
-    text, visual = batch.layout.text, batch.layout.visual
-    for key, start, length, seen in zip(batch.keys, text.start.tolist(), text.length.tolist(),
-                                        visual.length.tolist()):
-        yield f"{GREY}---- {key}: {length} text, {seen} visual rows ----{PLAIN}"
-        pieces, shown = [], 0            # shown: visual rows
-        # a row's position exceeds its number by the visual rows before it
-        for (before, target), rows in groupby(range(start, start + length),
-                                              lambda row: (position[row] - row, is_target[row])):
-            while shown < before + start:
-                h, w = next(grids)
-                pieces.append(f"{GREY}[{h} x {w} picture]{PLAIN}")
-                shown += h * w
-            words = tokenizer.decode([batch.ids[row].item() for row in rows])
-            pieces.append(f"{GREEN}{words}{PLAIN}" if target else words)
+    is_target = is_target.tolist()
+    yield (f"{layout.num_samples} samples, {len(ids):,} text rows, {layout.num_visual:,} visual "
+           f"rows, {len(batch.targets):,} target tokens ({GREEN}green{PLAIN}), no padding")
+    for sample in range(layout.num_samples):
+        row, length = layout.text.start[sample].item(), layout.text.length[sample].item()
+        yield (f"{GREY}---- {batch.keys[sample]}: {length} text, "
+               f"{layout.visual.length[sample].item()} visual rows ----{PLAIN}")
+        pieces, images = [], [image for image in layout.images if image.sample == sample]
+        for image in [*images, None]:
+            end = layout.text.start[sample].item() + length if image is None else image.before.stop
+            for target, rows in itertools.groupby(range(row, end), key=is_target.__getitem__):
+                words = tokenizer.decode([ids[r] for r in rows])
+                pieces.append(f"{GREEN}{words}{PLAIN}" if target else words)
+            if image is not None:
+                pieces.append(f"{GREY}[{image.grid[0]} x {image.grid[1]} picture]{PLAIN}")
+            row = end
         yield " ".join(pieces)
