@@ -39,8 +39,8 @@ def test_steps_shapes_and_mask(printed):
 
 def test_the_layer_under_both_paths(printed):
     """Text rows are eemllm's queries, all rows llava's; they see as many keys as the rule says."""
-    found = re.findall(r"^   (\w+) +\(46, 128\) -> \(46, 128\)   (\d+) queries, 46 keys, ([\d,]+) pairs; ([\d.]+)", printed,
-                       re.MULTILINE)
+    pattern = r"^   (\w+) +\(46, 128\) -> \(46, 128\)   (\d+) queries, 46 keys, ([\d,]+) pairs; ([\d.]+)"
+    found = re.findall(pattern, printed, re.MULTILINE)
     (_, queries, pairs, work), (_, llava_queries, llava_pairs, llava_work) = found
     assert [name for name, *_ in found] == ["eemllm", "llava"]
     assert (queries, llava_queries) == ("10", "46")
