@@ -47,12 +47,11 @@ def weights_of_visual(q: Tensor, keys: Keys, sees) -> Tensor:
     Attention is a mean of values: of values that are 1 at one key, its result is that key's weight.
     So the D columns of the values weigh D visual keys at a time."""
     V, G, D = keys.k_visual.shape
-    one_hot = torch.eye(V, -(-V // D) * D, device=q.device)
+    k_visual, k_text = keys.k_visual.float(), keys.k_text.float()
     weights = []
-    for values in one_hot.split(D, dim=1):
-        values = values[:, None].expand(V, G, D)
-        k_text = keys.k_text.float()
-        asked = Keys(keys.k_visual.float(), values, k_text, torch.zeros_like(k_text))
+    for one_hot in torch.eye(V, -(-V // D) * D, device=q.device).split(D, dim=1):        # (V, D)
+        values = one_hot[:, None].expand(V, G, D)
+        asked = Keys(k_visual, values, k_text, torch.zeros_like(k_text))
         weights.append(attention_reference(q.float(), asked, sees).sum(1))
     return torch.cat(weights, dim=1)[:, :V]
 
