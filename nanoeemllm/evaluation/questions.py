@@ -149,8 +149,8 @@ def ask(model, batch: list[Question], metric: str, max_new_tokens: int) -> Itera
     for question, output in zip(batch, outputs):
         row, prediction = question.row, model.tokenizer.decode(output).strip()
         read, score = grade(metric, prediction, row)
-        record = {key: row[key] for key in ("row", "index", "question", "answer", "picture", *GROUPS)
-                  if row.get(key)}
+        columns = ("row", "index", "question", "answer", "picture", *GROUPS)
+        record = {key: row[key] for key in columns if row.get(key)}
         yield record | {"prediction": prediction, "read": read, "score": score,
                         "options": len(options_of(row))}
 
