@@ -82,11 +82,11 @@ def utf8(text: str) -> str:
 
 def layers(text: str) -> slice:
     """"8-15", "8-" or "8"""
-    found = re.fullmatch(r"(\d{1,4})(-?)(\d{0,4})", text, re.ASCII)
-    if not found:
-        raise UserError(f"--attention-layers {text!r}: give a layer or a range, as in 8-15")
-    first, dash, last = found.groups()
-    return slice(int(first), int(last or first) + 1 if last or not dash else None)
+    first, dash, last = text.partition("-")
+    try:
+        return slice(int(first), int(last or first) + 1 if last or not dash else None)
+    except ValueError:
+        raise UserError(f"--attention-layers {text!r}: give a layer or a range, as in 8-15") from None
 
 
 def main(argv: list[str] | None = None):
@@ -172,12 +172,11 @@ def newest_model(folder: Path) -> Path | None:
 
 
 def open_model(args):
-    folder = args.weights or next(filter(None, map(newest_model, MODELS)), None)
-    if folder is None:
+    args.weights = args.weights or next(filter(None, map(newest_model, MODELS)), None)
+    if args.weights is None:
         raise UserError("no trained model under out/: make one with `python train.py`, or name a "
                         "folder with --weights")
-    path = from_args(args, read_config(folder))
-    model = load_model(folder, args.device, args.dtype, path)
+    model = load_model(args, from_args(args, read_config(args.weights)))
     if args.chat_template:
         model.config = dataclasses.replace(model.config, chat_template=args.chat_template)
     return model

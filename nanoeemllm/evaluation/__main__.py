@@ -88,7 +88,7 @@ def answer_rows(args, tsv: TSV, path, settings: dict, folder: Path, rank: int, w
     todo = [i for i in todo if i % world == rank]
     if not todo:
         return
-    model, metric = load_model(args.weights, args.device, args.dtype, path), settings["metric"]
+    model, metric = load_model(args, path), settings["metric"]
     records = answers(model, map(tsv.__getitem__, todo), metric, args.max_new_tokens,
                       args.batch_tokens)
     records = write_answers(folder / f"predictions-{rank}.jsonl", settings, records)
@@ -99,7 +99,7 @@ def answer_rows(args, tsv: TSV, path, settings: dict, folder: Path, rank: int, w
 def calibrate(args, config, path, tsv: TSV, metric: str):
     """Has the visual path choose what it prunes on these rows, and writes that to the model."""
     as_path = path.calibrated_as or config.visual_path.name
-    model = load_model(args.weights, args.device, args.dtype, config.path_named(as_path))
+    model = load_model(args, config.path_named(as_path))
 
     def prompts() -> Iterator[tuple[list[int], list]]:
         rows = tqdm(map(tsv.__getitem__, range(len(tsv))), "calibration", len(tsv), disable=None)

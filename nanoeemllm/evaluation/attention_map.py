@@ -20,7 +20,7 @@ from nanoeemllm.config import IMAGE_TOKEN, UserError, VisionConfig
 from nanoeemllm.data.images import prepare_image
 
 SIDE, GAP, LABEL = 168, 10, 22          # pixels: an image's longer side, between images, a label
-COLUMNS, WORDS = 6, 47                  # most images in a row, most words drawn
+COLUMNS = 6                             # most images in a row
 
 
 def attention_to_images(model, ids: list[int], images: list, answer: list[int]) -> Tensor:
@@ -71,8 +71,8 @@ def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:
 def draw_attention(file: Path, model, ids: list[int], images: list, answer: list[int],
                    layers: slice):
     """Writes a PNG: the images as the model sees them, then for each word the same under its heat,
-    labelled with the share of its attention that the images got. layers: of those that see images.
-    Of a long answer the first words are drawn."""
+    labelled with the share of its attention that the images got. layers: of those that see
+    images."""
     attention = attention_to_images(model, ids, images, answer)
     if not len(attention[layers]):
         raise UserError(f"--attention-layers: {len(attention)} layers look at the picture, "
@@ -80,7 +80,7 @@ def draw_attention(file: Path, model, ids: list[int], images: list, answer: list
     heat = attention[layers].mean(0)                                            # (tokens, V)
     seen, grids = zip(*(as_seen(image, model.config.vision) for image in images))
     panels = [("as the model sees it", seen)]
-    for word, numbers in words_of(model.tokenizer, answer)[:WORDS]:
+    for word, numbers in words_of(model.tokenizer, answer):
         of_word = heat[numbers].mean(0)
         parts = (of_word / of_word.max().clamp(min=1e-9)).split([h * w for h, w in grids])
         panels.append((f"{word}  {of_word.sum():.0%}", map(heated, seen, grids, parts)))
