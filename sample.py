@@ -86,7 +86,8 @@ def layers(text: str) -> slice:
     try:
         return slice(int(first), int(last or first) + 1 if last or not dash else None)
     except ValueError:
-        raise UserError(f"--attention-layers {text!r}: give a layer or a range, as in 8-15") from None
+        raise UserError(f"--attention-layers {text!r}: give a layer or a range, as in "
+                        "8-15") from None
 
 
 def main(argv: list[str] | None = None):
@@ -98,11 +99,12 @@ def main(argv: list[str] | None = None):
     args.image = pictures(args.image, args.jsonl)
     model = open_model(args)
     if args.jsonl:
-        answer_each(model, args)
-    elif args.chat:
-        chat(Session(model, args, list(map(load_image, args.image))))
+        return answer_each(model, args)
+    session = Session(model, args, list(map(load_image, args.image)))
+    if args.chat:
+        chat(session)
     else:
-        answer(Session(model, args, list(map(load_image, args.image))))
+        answer(session)
 
 
 def check(args):

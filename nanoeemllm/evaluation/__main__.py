@@ -146,4 +146,4 @@ def report(name: str, records: list[dict], settings: dict, file: Path):
 
 
 if __name__ == "__main__":
-    run_command(main, goes_on=True)                   # results are written, whoever reads the output
+    run_command(main, goes_on=True)              # results are written, whoever reads the output

@@ -96,7 +96,7 @@ def open_match(prediction: str, reference: str) -> bool:
     plain = reference.replace(",", "").strip()
     if re.fullmatch(number, plain):
         said = re.findall(number, prediction.replace(",", ""))
-        return round(float(plain), 2) in [round(float(n), 2) for n in said]
+        return any(round(float(n), 2) == round(float(plain), 2) for n in said)
     meant = _plain(reference.lower())
     return meant != "" and _holds(_plain(prediction.lower()), meant)
 
@@ -169,8 +169,8 @@ _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn
     someone'd someone'd've someone'll someone's something'd something'd've something'll that's
     there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't
     we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd
-    who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
-    y'all'd've you'd you'd've you'll you're you've""".split()
+    who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all
+    y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
 _VQA_WORDS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
                       "0 0 1 2 3 4 5 6 7 8 9 10".split()), a="", an="", the="")
 for _word in _CONTRACTIONS:                          # one apostrophe missing, any of them
@@ -261,8 +261,8 @@ def mme(records: list[dict]) -> dict[str, float]:
     questions plus accuracy+ over pictures, both of whose two questions must be right."""
     pictures = group_by(lambda r: r["picture"], records).values()
     plus = all_right(asked for asked in pictures if len(asked) > 1)
-    numbers = accuracy(records)
-    return {"score": numbers["accuracy"] + plus, **numbers, "accuracy+": plus}
+    right = percent(r["score"] for r in records)
+    return {"score": right + plus, "accuracy": right, "accuracy+": plus, "rows": len(records)}
 
 
 def mme_totals(records: list[dict]) -> dict[str, float]:
