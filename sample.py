@@ -82,30 +82,33 @@ def utf8(text: str) -> str:
 
 def layers(text: str) -> slice:
     """"8-15", "8-" or "8"""
-    found = re.fullmatch(r"(\d{1,4})(-?)(\d{0,4})", text, re.ASCII)
-    if not found:
-        raise UserError(f"--attention-layers {text!r}: give a layer or a range, as in 8-15")
-    first, dash, last = found.groups()
-    return slice(int(first), int(last or first) + 1 if last or not dash else None)
+    first, dash, last = text.partition("-")
+    try:
+        return slice(int(first), int(last or first) + 1 if last or not dash else None)
+    except ValueError:
+        raise UserError(f"--attention-layers {text!r}: give a layer or a range, as in "
+                        "8-15") from None
 
 
 def main(argv: list[str] | None = None):
     args = parse(argv)
+    sampling = {option.name: getattr(args, option.name) for option in dataclasses.fields(Sampling)}
+    Sampling(**sampling)                                    # raises UserError
+    args.options = {"max_new_tokens": args.max_new_tokens, "stop_strings": args.stop, **sampling}
     check(args)
-    session = ChatSession(open_model(args), args)
+    args.image = pictures(args.image, args.jsonl)
+    model = open_model(args)
     if args.jsonl:
-        answer_each(session)
-    elif args.chat:
+        return answer_each(model, args)
+    session = Session(model, args, list(map(load_image, args.image)))
+    if args.chat:
         chat(session)
     else:
         answer(session)
 
 
 def check(args):
-    """Refuses what can be refused before the model is loaded; sets what follows from the flags."""
-    names = [option.name for option in dataclasses.fields(Sampling)]
-    args.sampling = {name: getattr(args, name) for name in names}
-    Sampling(**args.sampling)                               # raises UserError
+    """Refuses what can be refused before the model is loaded."""
     file = args.attention
     for is_wrong, message in (
             (not all(map(str.strip, args.prompt)), "--prompt is empty: ask something"),
@@ -122,32 +125,36 @@ def check(args):
             (file and not args.image,
              "--attention shows where the model looks in a picture: name one with --image"),
             (file and len(args.prompt) > 1, "--attention draws one answer: give one --prompt"),
-            (file and (os.path.isdir(file) or not os.path.isdir(os.path.dirname(file) or ".")),
+            (file and (file.is_dir() or not file.parent.is_dir()),
              f"--attention {file}: give a file in a folder that exists")):
         if is_wrong:
             raise UserError(message)
-    images, args.image, seen = args.image, [], set()
-    for file in images:
-        args.image += search(file) if args.jsonl and os.path.isdir(file) else [example(file)]
-    for file in map(os.path.realpath, args.image):
-        if os.path.isdir(file):
+
+
+def pictures(named: list[Path], search: bool) -> list[Path]:
+    """The files that --image names; search: of a folder, those that it holds."""
+    files, seen = [], set()
+    for file in named:
+        if not os.path.isdir(file):
+            files.append(example(file))
+        elif not search:
             raise UserError(f"{quoted(file)} is a folder: add --jsonl for a line of JSON a picture")
+        else:
+            found = sorted(inner for inner in file.iterdir() if inner.suffix.lower() in PICTURES)
+            if not found:
+                raise UserError(f"{quoted(file)}: no pictures in this folder "
+                                f"({', '.join(PICTURES)})")
+            files += found
+    for file in map(os.path.realpath, files):
         if file in seen:
             raise UserError(f"{quoted(file)}: this picture is named twice; name it once")
         seen.add(file)
-
-
-def search(folder: Path) -> list[Path]:
-    """The pictures in a folder, by name."""
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
-    if not found:
-        raise UserError(f"{quoted(folder)}: no pictures in this folder ({', '.join(PICTURES)})")
-    return found
+    return files
 
 
 def example(file: Path) -> Path:
     """A bare name that is no file here may be one of the package's own pictures."""
-    if os.path.exists(file) or file not in map(Path, os.listdir(ASSETS)):
+    if os.path.exists(file) or str(file) not in os.listdir(ASSETS):
         return file
     print(f"{file} is no file here: taking the example {ASSETS / file}", file=sys.stderr)
     return ASSETS / file
@@ -167,29 +174,25 @@ def newest_model(folder: Path) -> Path | None:
 
 
 def open_model(args):
-    folder = args.weights or next(filter(None, map(newest_model, MODELS)), None)
-    if folder is None:
+    args.weights = args.weights or next(filter(None, map(newest_model, MODELS)), None)
+    if args.weights is None:
         raise UserError("no trained model under out/: make one with `python train.py`, or name a "
                         "folder with --weights")
-    path = from_args(args, read_config(folder))
-    model = load_model(folder, args.device, args.dtype, path)
+    model = load_model(args, from_args(args, read_config(args.weights)))
     if args.chat_template:
         model.config = dataclasses.replace(model.config, chat_template=args.chat_template)
     return model
 
 
-class ChatSession:
+class Session:
     """A model and the images that it is asked about. Where the visual path allows it, an image is
     encoded once for all questions."""
 
-    def __init__(self, model, args):
-        self.model, self.args = model, args
-        self.images, self.image_kv = [], []                 # image_kv: of the first of the images
+    def __init__(self, model, args, images: list):
+        self.model, self.args, self.images = model, args, images
+        self.image_kv = []                                  # of the first of the images
 
-    def ids(self, turns: str | list[dict]) -> list[int]:
-        return encode_prompt(self.model.tokenizer, turns, self.model.config.chat_template)
-
-    def shown(self) -> dict:
+    def encoded(self) -> dict:
         """The images as arguments of model.generate."""
         if not self.model.config.visual_path.images_are_reusable:
             return {"images": self.images}
@@ -197,23 +200,19 @@ class ChatSession:
             self.image_kv += self.model.encode_images(new)
         return {"image_kv": self.image_kv}
 
-    def options(self) -> dict:
-        return {"max_new_tokens": self.args.max_new_tokens, "stop_strings": tuple(self.args.stop),
-                **self.args.sampling}
-
     def answer(self, ids: list[int]) -> tuple[str, list[int]]:
         """Prints an answer as it is generated -> its text and tokens. Ctrl-C ends the answer; in a
         chat the program goes on."""
         text, tokens, times = "", [], [time.perf_counter()]
 
         def generate() -> Iterator[int]:
-            for token in self.model.generate(ids, **self.shown(), **self.options()):
+            for token in self.model.generate(ids, **self.encoded(), **self.args.options):
                 tokens.append(token)
                 times.append(time.perf_counter())
                 yield token
 
         try:
-            for piece in stream_text(self.model.tokenizer, generate(), tuple(self.args.stop)):
+            for piece in stream_text(self.model.tokenizer, generate(), self.args.stop):
                 text += piece
                 print(piece, end="", flush=True)
             print(flush=True)
@@ -222,10 +221,10 @@ class ChatSession:
             if not self.args.chat:
                 raise
         if self.args.stats and tokens:
-            begin, first, *rest = times
-            rate = f"{len(rest) / (rest[-1] - first):.1f} tokens/s after it" if rest else "no other"
-            print(f"first token after {first - begin:.3f} s, {rate}, {len(tokens)} tokens, "
-                  f"{peak_memory()}", file=sys.stderr)
+            begin, first, *_ = times
+            rate = (len(tokens) - 1) / max(times[-1] - first, 1e-9)
+            print(f"first token after {first - begin:.3f} s, {rate:.1f} tokens/s after it, "
+                  f"{len(tokens)} tokens, {peak_memory()}", file=sys.stderr)
         return text, tokens
 
 
@@ -239,18 +238,8 @@ def peak_memory() -> str:
 
 # ---- three ways to ask ----
 
-def answer(session: ChatSession):
-    args = session.args
-    session.images = list(map(load_image, args.image))
-    prompts = args.prompt or [DEFAULT_PROMPT]
-    for prompt in prompts:
-        if len(prompts) > 1:
-            print(f"> {prompt}")
-        ids = session.ids(place_images(prompt, len(session.images)))
-        _, tokens = session.answer(ids)
-    if args.attention is not None and tokens:
-        draw_attention(args.attention, session.model, ids, session.images, tokens,
-                       args.attention_layers or slice(None))
+def encode(model, turns: str | list[dict]) -> list[int]:
+    return encode_prompt(model.tokenizer, turns, model.config.chat_template)
 
 
 def place_images(prompt: str, images: int) -> str:
@@ -262,24 +251,35 @@ def place_images(prompt: str, images: int) -> str:
     return prompt if placed else (IMAGE_TEXT + "\n") * images + prompt
 
 
-def chat(session: ChatSession):
+def answer(session: Session):
+    model, args, images = session.model, session.args, session.images
+    for prompt in args.prompt or [DEFAULT_PROMPT]:
+        if len(args.prompt) > 1:
+            print(f"> {prompt}")
+        ids = encode(model, place_images(prompt, len(images)))
+        _, tokens = session.answer(ids)
+    if args.attention and tokens:
+        draw_attention(args.attention, model, ids, images, tokens,
+                       args.attention_layers or slice(None))
+
+
+def chat(session: Session):
     """Questions of --prompt first, then a line of stdin a question. An error ends the question."""
-    session.images = list(map(load_image, session.args.image))
     turns, placed, line = [], 0, None                       # placed: images that stand in the turns
     for line in questions(session.args.prompt):
         command, _, rest = line.partition(" ")
         try:
             if command == "/reset":
-                turns, placed, session.images, session.image_kv = [], 0, [], []
+                session, turns, placed = Session(session.model, session.args, []), [], 0
             elif command == "/image":
-                session.images.append(load_image(example(Path(os.path.expanduser(rest.strip())))))
+                session.images.append(load_image(example(Path(rest.strip()).expanduser())))
             elif line.startswith("/"):
                 raise UserError(f"{command} is not known; known: /image FILE, /reset, and Ctrl-D "
                                 "to end")
             elif line:
                 text = place_images(line, len(session.images) - placed)
                 asked = {"from": "human", "value": text}
-                said, _ = session.answer(session.ids([*turns, asked]))
+                said, _ = session.answer(encode(session.model, [*turns, asked]))
                 turns += [asked, {"from": "gpt", "value": said.replace(IMAGE_TEXT, "").strip()}]
                 placed = len(session.images)
         except UserError as error:
@@ -303,30 +303,28 @@ def questions(prompts: list[str]) -> Iterator[str]:
             return
 
 
-def answer_each(session: ChatSession):
+def answer_each(model, args):
     """BATCH pictures at a time, with every prompt each."""
-    model, files, broken = session.model, session.args.image, 0
-    prompts = session.args.prompt or [DEFAULT_PROMPT]
-    ids = [session.ids(place_images(prompt, 1)) for prompt in prompts]
-    for first in range(0, len(files), BATCH):
-        asked, session.images, session.image_kv = [], [], []
-        for file in files[first:first + BATCH]:
+    prompts, broken = args.prompt or [DEFAULT_PROMPT], 0
+    ids = [encode(model, place_images(prompt, 1)) for prompt in prompts]
+    for first in range(0, len(args.image), BATCH):
+        asked, images = [], []
+        for file in map(str, args.image[first:first + BATCH]):
             try:
-                session.images.append(load_image(file))
-                asked += [{"image": str(file), "prompt": prompt} for prompt in prompts]
+                images.append(load_image(file))
+                asked += [{"image": file, "prompt": prompt} for prompt in prompts]
             except UserError as error:
                 broken += 1
-                print(json.dumps({"image": str(file), "error": str(error)}), flush=True)
-        if not asked:
-            continue
-        (kind, images), = session.shown().items()
-        shown = {kind: [[image] for image in images for _ in prompts]}
-        answers = model.generate_batch(ids * len(images), **shown, **session.options())
+                print(json.dumps({"image": file, "error": str(error)}), flush=True)
+        (kind, encoded), = Session(model, args, images).encoded().items()
+        each = {kind: [[image] for image in encoded for _ in prompts]}
+        answers = model.generate_batch(ids * len(images), **each, **args.options) if asked else []
         for line, tokens in zip(asked, answers):
-            text = "".join(stream_text(model.tokenizer, tokens, tuple(session.args.stop)))
+            text = "".join(stream_text(model.tokenizer, tokens, args.stop))
             print(json.dumps(line | {"answer": text.strip()}), flush=True)
     if broken:
-        raise UserError(f"{broken} of {len(files)} pictures could not be read; their lines say why")
+        raise UserError(f"{broken} of {len(args.image)} pictures could not be read; their lines "
+                        "say why")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def test_lines_of_many_megabytes_are_never_all_in_memory(tmp_path):
 
 
 def test_a_quote_that_is_never_closed(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanoeemllm.evaluation.benchmark.MAX_RECORD", 2000)
+    monkeypatch.setattr("nanoeemllm.evaluation.benchmark.MAX_CELL", 2000)
     path = choices(tmp_path / "t.tsv", 3)
     path.write_text(path.read_text() + '3\t"' + "x\n" * 2000)
     with pytest.raises(UserError, match="is a quote opened there"):

@@ -59,14 +59,18 @@ def main(argv: list[str] | None = None):
     metric = args.metric or detect(args.tsv.stem, tsv.columns)
     if args.calibrate:
         return calibrate(args, config, path, tsv, metric)
-    file, written = args.tsv.stat(), (args.weights / "config.json").stat().st_mtime
-    settings = {"weights": str(args.weights.resolve()), "written": written,
-                "tsv": str(args.tsv.resolve()), "tsv_bytes": file.st_size,
-                "tsv_written": file.st_mtime, "metric": metric, "visual_path": str(path),
+    settings = {"weights": str(args.weights.resolve()), "tsv": str(args.tsv.resolve()),
+                "weights_written": (args.weights / "config.json").stat().st_mtime,
+                "tsv_written": args.tsv.stat().st_mtime, "metric": metric, "visual_path": str(path),
                 "max_new_tokens": args.max_new_tokens, "dtype": args.dtype or "as stored"}
     name = args.tsv.stem + (f"-{args.visual_path}" if args.visual_path else "")
     folder = args.out or args.weights / "eval" / name
+    if world > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     answer_rows(args, tsv, path, settings, folder, rank, world)
+    if world > 1:
+        dist.barrier()                                # until all have answered
+        dist.destroy_process_group()
     if rank == 0:
         done = read_answers(folder, settings)
         records = [done[i + 1] for i in range(len(tsv))]
@@ -74,31 +78,28 @@ def main(argv: list[str] | None = None):
 
 
 def answer_rows(args, tsv: TSV, path, settings: dict, folder: Path, rank: int, world: int):
-    """Asks what is not answered in the folder, each process its share of it."""
+    """Asks what is not answered in the folder, of each world-th row. What other processes write
+    meanwhile is about other rows."""
     done = read_answers(folder, settings)
     # what was bad may be mended by now
     todo = [i for i in range(len(tsv)) if "bad" in done.get(i + 1, {"bad": ""})]
     if done and rank == 0:
         print(f"{len(tsv) - len(todo)} of {len(tsv)} rows are answered in {folder} already")
-    if world > 1:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-        dist.barrier()                                # all have read before one writes
-    if todo := todo[rank::world]:
-        model = load_model(args.weights, args.device, args.dtype, path)
-        metric, rows = settings["metric"], map(tsv.__getitem__, todo)
-        records = answers(model, rows, metric, args.max_new_tokens, args.batch_tokens)
-        records = write_answers(folder / f"predictions-{rank}.jsonl", settings, records)
-        for _ in tqdm(records, f"{args.tsv.stem} ({metric})", len(todo), disable=rank > 0 or None):
-            pass
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    todo = [i for i in todo if i % world == rank]
+    if not todo:
+        return
+    model, metric = load_model(args, path), settings["metric"]
+    records = answers(model, map(tsv.__getitem__, todo), metric, args.max_new_tokens,
+                      args.batch_tokens)
+    records = write_answers(folder / f"predictions-{rank}.jsonl", settings, records)
+    for _ in tqdm(records, f"{args.tsv.stem} ({metric})", len(todo), disable=rank > 0 or None):
+        pass
 
 
 def calibrate(args, config, path, tsv: TSV, metric: str):
     """Has the visual path choose what it prunes on these rows, and writes that to the model."""
     as_path = path.calibrated_as or config.visual_path.name
-    model = load_model(args.weights, args.device, args.dtype, config.path_named(as_path))
+    model = load_model(args, config.path_named(as_path))
 
     def prompts() -> Iterator[tuple[list[int], list]]:
         rows = tqdm(map(tsv.__getitem__, range(len(tsv))), "calibration", len(tsv), disable=None)
@@ -112,40 +113,37 @@ def calibrate(args, config, path, tsv: TSV, metric: str):
     if path.name == config.visual_path.name:
         config = dataclasses.replace(config, visual_path=path)
     else:                                             # the model stays what it is
-        others = [other for other in config.other_paths if other.name != path.name]
-        config = dataclasses.replace(config, other_paths=(*others, path))
-    text = json.dumps(config.to_dict(), indent=2)
-    write_aside(args.weights / "config.json", text.encode())
-    print(*lines, f"written to {args.weights / 'config.json'}", sep="\n")
+        others = {other.name: other for other in (*config.other_paths, path)}
+        config = dataclasses.replace(config, other_paths=tuple(others.values()))
+    file = args.weights / "config.json"
+    write_aside(file, json.dumps(config.to_dict(), indent=2).encode())
+    print(*lines, f"written to {file}", sep="\n")
 
 
 def report(name: str, records: list[dict], settings: dict, file: Path):
     """Prints the table, and what was left out of it or could not be read; writes results.json."""
     result = summarize(settings["metric"], records)
     bad = [record for record in records if "bad" in record]
-    unread = [record for record in records if record.get("read", "") is None]
     if len(bad) == len(records):
         raise UserError(f"none of {len(records)} rows of {name} could be asked; the first: "
                         f"{bad[0]['bad']}")
     lines = {"overall": result["overall"]}
     for column in GROUPS:
-        for group, numbers in result.get(column, {}).items():
-            lines[f"{column}: {group}"] = numbers
+        lines |= {f"{column}: {group}": line for group, line in result.get(column, {}).items()}
     print(f"\n{name}: {settings['metric']} over {result['rows']} of {len(records)} rows\n")
     print(table(lines))
+    unread = [record | {"bad": repr(record["prediction"][:60])} for record in records
+              if record.get("read", "") is None]
     for what, some in (("rows could not be asked and are not in the score", bad),
                        ("answers could not be read and score 0", unread)):
         if some:
             print(f"\n{len(some)} {what}:")
-        for r in some[:10]:
-            text = r["bad"] if "bad" in r else repr(r["prediction"][:60])
-            print(f"  row {r['row']} (index {r['index']}): {text}")
-        if len(some) > 10:
-            print(f"  ... and {len(some) - 10} more, see the predictions")
+        for record in some[:10]:
+            print(f"  row {record['row']} (index {record['index']}): {record['bad']}")
     results = result | {"settings": settings, "bad_rows": bad}
     write_aside(file, json.dumps(results, indent=1, ensure_ascii=False).encode(errors="replace"))
     print(f"\n{file}")
 
 
 if __name__ == "__main__":
-    run_command(main, goes_on=True)                   # results are written, whoever reads the output
+    run_command(main, goes_on=True)              # results are written, whoever reads the output

@@ -2,7 +2,7 @@
 
 The map of a word is the attention that the text rows before its tokens, which produced them, paid
 to every visual token, a mean over heads and layers. It comes from one more pass over prompt and
-answer in which the scores are computed a second time.
+answer, in which every layer's attention is computed a second time.
 """
 
 import io
@@ -10,16 +10,17 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from nanoeemllm.attention import compute, samples_of, use_attention, visible
+from nanoeemllm.attention import Keys, attention_reference, compute, use_attention
 from nanoeemllm.border.files import write_aside
 from nanoeemllm.config import IMAGE_TOKEN, UserError, VisionConfig
 from nanoeemllm.data.images import prepare_image
 
-SIDE, GAP, LABEL = 168, 10, 22          # pixels: an image's longer side, between panels, a label
-COLUMNS, WORDS = 6, 47                  # most panels in a row, most words drawn
+SIDE, GAP, LABEL = 168, 10, 22          # pixels: an image's longer side, between images, a label
+COLUMNS = 6                             # most images in a row
 
 
 def attention_to_images(model, ids: list[int], images: list, answer: list[int]) -> Tensor:
@@ -29,12 +30,9 @@ def attention_to_images(model, ids: list[int], images: list, answer: list[int]) 
     T = sum(token != IMAGE_TOKEN for token in read)
 
     def record(q, keys, sees):
-        # A text row i sees i + 1 text keys, or none in cross-attention. Other calls are those of
-        # visual rows, and of the encoder, which has no visual keys.
-        count = torch.arange(1, T + 1, device=q.device)
-        is_text = len(q) == T and (not sees.text.max_length or torch.equal(sees.sees_text, count))
+        is_text = len(q) == T and sees.query is not sees.visual      # LLaVA's visual rows ask, too
         if is_text and sees.visual.max_length:
-            layers.append(heat_of_rows(T - len(answer), q, keys, sees))
+            layers.append(weights_of_visual(q, keys, sees)[T - len(answer):].cpu())
         return compute(q, keys, sees)
 
     with use_attention(record):
@@ -43,19 +41,19 @@ def attention_to_images(model, ids: list[int], images: list, answer: list[int]) 
     return torch.stack(layers) / model.config.llama.num_attention_heads
 
 
-def heat_of_rows(first: int, q: Tensor, keys, sees) -> Tensor:
-    """Attention weights of the query rows from `first` on, on all visual keys, summed over the
-    heads of q (T, heads, D): (T - first, V)."""
-    heat = torch.zeros(len(q) - first, len(keys.k_visual))
-    for (q_start, Q), (v_start, V), (t_start, T) in samples_of(sees):
-        rows = slice(max(first, q_start), max(first, q_start + Q))
-        k = torch.cat([keys.k_visual[v_start:v_start + V], keys.k_text[t_start:t_start + T]])
-        k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = torch.einsum("qhd,khd->hqk", q[rows].float(), k) * q.shape[-1] ** -0.5
-        scores = scores.masked_fill(~visible(sees, rows, V, T), -torch.inf)
-        weights = scores.softmax(-1).nan_to_num().sum(0)              # NaN: the row sees no key
-        heat[rows.start - first:rows.stop - first, v_start:v_start + V] = weights[:, :V]
-    return heat
+def weights_of_visual(q: Tensor, keys: Keys, sees) -> Tensor:
+    """(N, V): attention weights of all query rows on all visual keys, summed over heads.
+
+    Attention is a mean of values: of values that are 1 at one key, its result is that key's weight.
+    So the D columns of the values weigh D visual keys at a time."""
+    V, G, D = keys.k_visual.shape
+    k_visual, k_text = keys.k_visual.float(), keys.k_text.float()
+    weights = []
+    for one_hot in torch.eye(V, -(-V // D) * D, device=q.device).split(D, dim=1):        # (V, D)
+        values = one_hot[:, None].expand(V, G, D)
+        asked = Keys(k_visual, values, k_text, torch.zeros_like(k_text))
+        weights.append(attention_reference(q.float(), asked, sees).sum(1))
+    return torch.cat(weights, dim=1)[:, :V]
 
 
 def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:
@@ -73,8 +71,8 @@ def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:
 def draw_attention(file: Path, model, ids: list[int], images: list, answer: list[int],
                    layers: slice):
     """Writes a PNG: the images as the model sees them, then for each word the same under its heat,
-    labelled with the share of its attention that the images got. layers: of those that see images.
-    Of a long answer the first words are drawn."""
+    labelled with the share of its attention that the images got. layers: of those that see
+    images."""
     attention = attention_to_images(model, ids, images, answer)
     if not len(attention[layers]):
         raise UserError(f"--attention-layers: {len(attention)} layers look at the picture, "
@@ -82,12 +80,12 @@ def draw_attention(file: Path, model, ids: list[int], images: list, answer: list
     heat = attention[layers].mean(0)                                            # (tokens, V)
     seen, grids = zip(*(as_seen(image, model.config.vision) for image in images))
     panels = [("as the model sees it", seen)]
-    for word, numbers in words_of(model.tokenizer, answer)[:WORDS]:
+    for word, numbers in words_of(model.tokenizer, answer):
         of_word = heat[numbers].mean(0)
         parts = (of_word / of_word.max().clamp(min=1e-9)).split([h * w for h, w in grids])
-        panels.append((f"{word}  {of_word.sum():.0%}", list(map(heated, seen, grids, parts))))
+        panels.append((f"{word}  {of_word.sum():.0%}", map(heated, seen, grids, parts)))
     png = io.BytesIO()
-    draw_panels(panels).save(png, "PNG")
+    draw_panels(panels, len(images)).save(png, "PNG")
     write_aside(file, png.getvalue())
 
 
@@ -95,33 +93,29 @@ def as_seen(image: Image.Image, vision: VisionConfig) -> tuple[Image.Image, tupl
     """The image that the encoder gets, its longer side SIDE pixels; and its grid of patches."""
     patches, (h, w) = prepare_image(image, vision)
     p = vision.patch_size
-    pixels = patches.view(h, w, 3, p, p).permute(0, 3, 1, 4, 2).reshape(h * p, w * p, 3)
+    pixels = F.fold(patches.T, (h * p, w * p), p, stride=p).permute(1, 2, 0)
     pixels = pixels * torch.tensor(vision.image_std) + torch.tensor(vision.image_mean)
-    pixels = (255 * pixels).round().clamp(0, 255).byte().numpy()
-    size = round(w * SIDE / max(h, w)), round(h * SIDE / max(h, w))
-    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), (h, w)
+    seen = Image.fromarray((255 * pixels).round().clamp(0, 255).byte().numpy())
+    return seen.resize((w * SIDE // max(h, w), h * SIDE // max(h, w))), (h, w)
 
 
 def heated(image: Image.Image, grid: tuple[int, int], heat: Tensor) -> Image.Image:
-    """heat (V,) in [0, 1]: grey and dim where there is none, warm where there is."""
-    mask = Image.fromarray((heat.view(grid) * 255).byte().numpy())
-    cold = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size), 0.6)
-    warm = Image.blend(image, Image.new("RGB", image.size, (255, 140, 0)), 0.3)
-    return Image.composite(warm, cold, mask.resize(image.size, Image.Resampling.BILINEAR))
+    """heat (V,) in [0, 1]: the image in grey where there is none, orange where there is most."""
+    mask = Image.fromarray((heat.view(grid) * 180).byte().numpy()).resize(image.size)
+    orange = Image.new("RGB", image.size, "orange")
+    return Image.composite(orange, image.convert("L").convert("RGB"), mask)
 
 
-def draw_panels(panels: list[tuple[str, list[Image.Image]]]) -> Image.Image:
-    """Row by row; a panel is a label over some images side by side."""
-    width = sum(image.width + GAP for image in panels[0][1])
-    height = max(image.height for image in panels[0][1]) + LABEL + GAP
-    columns = max(1, min(len(panels), COLUMNS * (SIDE + GAP) // width))
+def draw_panels(panels: list[tuple], images: int) -> Image.Image:
+    """Row by row. A panel is a label over so many images side by side."""
+    columns = max(1, COLUMNS // images)
+    width, height = images * (SIDE + GAP), LABEL + SIDE + GAP
     rows = -(-len(panels) // columns)
-    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "#ebebeb")
+    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for number, (label, images) in enumerate(panels):
+    for number, (label, pictures) in enumerate(panels):
         x, y = GAP + number % columns * width, GAP + number // columns * height
         pen.text((x, y), label, fill="black", font=font)
-        for image in images:
-            sheet.paste(image, (x, y + LABEL))
-            x += image.width + GAP
+        for i, picture in enumerate(pictures):
+            sheet.paste(picture, (x + i * (SIDE + GAP), y + LABEL))
     return sheet

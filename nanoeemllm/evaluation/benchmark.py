@@ -19,7 +19,7 @@ from nanoeemllm.border.files import open_regular, quoted, within
 from nanoeemllm.config import UserError
 from nanoeemllm.evaluation.metrics import GROUPS, summarize
 
-MAX_RECORD = 1 << 28          # bytes of a row; a longer one is a quote that was never closed
+MAX_CELL = 1 << 28            # characters; a longer one is a quote that was never closed
 REFERENCE = 64                # a shorter "image" is the index of another row, as VLMEvalKit has it
 
 DETECT = {                    # a pattern of the file's name -> metric
@@ -38,87 +38,85 @@ def detect(name: str, columns: list[str]) -> str:
 
 
 class TSV:
-    """Row i as a dictionary of its cells, read from the file when it is asked for. One pass at the
-    start notes where each row begins, and its index. A broken row has the key "bad": why."""
+    """Row i as a dictionary of its cells, read from the file when it is asked for; of a broken row
+    "bad" says why. One pass at the start notes where each row begins, and its index."""
 
     def __init__(self, path: Path, limit: int | None = None, images: Path | None = None,
                  quiet: bool = False):
         """limit: the first rows alone. images: the folder of image_path, by default the file's."""
-        csv.field_size_limit(MAX_RECORD)
+        csv.field_size_limit(MAX_CELL)
         self.path, self.images = path, images or path.parent
-        self.offsets, self.first = [], {}             # first: index -> the first row that has it
+        self.offsets, self.index = [], []
+        self.first = {}                               # index -> the first row that has it
         records = self._records(0)
-        _, names = next(records, (0, []))
-        names = [name.strip() for name in names]
-        self.columns = ["" if name in ("row", "bad") else name for name in names]    # our own keys
-        has_image = "image" in names or "image_path" in names
-        missing = [name for name in ("index", "question", "answer") if name not in names]
-        missing += [] if has_image else ["image (or image_path)"]
+        _, self.columns = next(records, (0, []))
+        missing = [name for name in ("index", "question", "answer") if name not in self.columns]
+        if not {"image", "image_path"} & set(self.columns):
+            missing.append("image (or image_path)")
         if missing:
             raise UserError(f"{quoted(path)}: no column {', '.join(missing)}; its first line holds "
-                            f"{', '.join(names)[:200] or 'nothing'}")
-        column = names.index("index")
-        records = itertools.islice(records, limit)
-        for offset, cells in tqdm(records, "reading", leave=False, disable=quiet or None):
-            index = cells[column].strip() if len(cells) > column else ""
+                            f"{', '.join(self.columns)[:200] or 'nothing'}")
+        rows = itertools.islice(records, limit)
+        for offset, cells in tqdm(rows, "reading", leave=False, disable=quiet or None):
+            index = dict(zip(self.columns, cells)).get("index", "").strip()
             self.first.setdefault(index, len(self))
             self.offsets.append(offset)
+            self.index.append(index)
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def __getitem__(self, i: int) -> dict:
-        row = self._cells(i)
+        ours = {"row": i + 1, "index": self.index[i]}
         try:
-            return row if "bad" in row else self._with_image(i, row)
+            return self._complete(i, self._cells(i)) | ours
         except UserError as error:
-            return row | {"bad": str(error)}
+            return ours | {"bad": str(error)}
 
-    def _with_image(self, i: int, row: dict) -> dict:
-        first = self.first[row["index"].strip()]
+    def _complete(self, i: int, cells: dict) -> dict:
+        """The cells with the image that they refer to, and its paths."""
+        first = self.first[self.index[i]]
         if first != i:
-            raise UserError(f"index {row['index']} is that of row {first + 1} too")
-        image = row.get("image", "").strip()
+            raise UserError(f"index {self.index[i]} is that of row {first + 1} too")
+        image = cells.get("image", "").strip()
         if 0 < len(image) <= REFERENCE:
             holder = self._cells(self.first[image]) if image in self.first else {}
-            row["image"] = holder.get("image", "")
-            if len(row["image"]) <= REFERENCE:
+            cells["image"] = holder.get("image", "")
+            if len(cells["image"]) <= REFERENCE:
                 raise UserError(f"its picture is that of index {image}, which holds none")
-        if row.get("image_path"):
-            row["image_path"] = [within(self.images, name) for name in as_list(row["image_path"])]
-        return row
+        if cells.get("image_path"):
+            names = as_list(cells["image_path"])
+            cells["image_path"] = [within(self.images, name) for name in names]
+        cells.pop("bad", None)                        # a column of that name is not ours
+        return cells
 
     def _cells(self, i: int) -> dict:
         _, cells = next(self._records(self.offsets[i]))
-        row = {"row": i + 1, **dict(zip(self.columns, cells))}
         if len(cells) != len(self.columns):
-            return row | {"bad": f"{len(cells)} cells under {len(self.columns)} columns"}
-        text = "".join(row[name] for name in self.columns if name != "image")
-        return row | {"bad": "not UTF-8"} if re.search("[\udc80-\udcff]", text) else row
+            raise UserError(f"{len(cells)} cells under {len(self.columns)} columns")
+        if re.search("[\udc80-\udcff]", "".join(cells)):
+            raise UserError("not UTF-8")
+        return dict(zip(self.columns, cells))
 
     def _records(self, offset: int) -> Iterator[tuple[int, list[str]]]:
         """(where it begins, cells) of every record from offset on. Quoted cells may hold newlines
         and tabs."""
         with open_regular(self.path) as file:
             start = file.seek(offset)
-            if not offset and file.read(3) != b"\xef\xbb\xbf":                  # byte order mark
-                file.seek(0)
-
-            def lines():
-                while line := file.readline(MAX_RECORD + 1):
-                    if file.tell() - start > MAX_RECORD:
-                        raise UserError(f"{quoted(self.path)}: the row at byte {start} is over "
-                                        f"{MAX_RECORD >> 20} MB long: is a quote opened there that "
-                                        "is never closed?")
-                    yield line.decode("utf-8", "surrogateescape")
-
-            reader = csv.reader(lines(), delimiter="\t")
+            lines = iter(lambda: file.readline(MAX_CELL), b"")
+            # utf-8-sig: the first line may begin with a byte order mark
+            reader = csv.reader((line.decode("utf-8-sig", "surrogateescape") for line in lines),
+                                delimiter="\t")
             cells = []
             while cells is not None:
                 try:
                     cells = next(reader, None)
-                except csv.Error as error:            # of this line alone
-                    cells = [f"({error})"]
+                except csv.Error as error:
+                    if "limit" in str(error):
+                        raise UserError(f"{quoted(self.path)}: a cell of the row at byte {start} "
+                                        f"is over {MAX_CELL >> 20} MB long: is a quote opened "
+                                        "there that is never closed?") from None
+                    cells = [f"({error})"]            # a stray carriage return
                 if cells:
                     yield start, cells
                 start = file.tell()
@@ -126,7 +124,7 @@ class TSV:
 
 def as_list(text: str) -> list[str]:
     """"['a', 'b']" -> ["a", "b"]; any other text is itself."""
-    if text.strip().startswith("[") and text.strip().endswith("]"):
+    if re.fullmatch(r"\s*\[.*\]\s*", text, re.DOTALL):
         try:
             return [str(part) for part in ast.literal_eval(text.strip())]
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -142,35 +140,33 @@ def read_answers(folder: Path, settings: dict) -> dict[int, dict]:
     records = {}
     for path in sorted(folder.glob("predictions-*.jsonl")):
         with open_regular(path) as file:
-            lines = file.read().split(b"\n")[:-1]             # what stands behind the last is torn
+            *lines, _ = file.read().split(b"\n")     # what stands behind the last newline is torn
         try:
-            before, *found = [json.loads(line) for line in lines] or [settings]
-            changed = [key for key in settings if before.get(key) != settings[key]]
+            before, *found = map(json.loads, lines or [json.dumps(settings)])
+            changed = [f"{key} {before.get(key)!r}, not {value!r}"
+                       for key, value in settings.items() if before.get(key) != value]
             for record in found:
-                _check(record, before.get("metric"))
+                check_record(record, before.get("metric"))
+                if "bad" in records.get(record["row"], {"bad": ""}):
+                    records[record["row"]] = record
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise UserError(f"{quoted(path)} is damaged ({error}): remove it, its rows will be "
                             "asked again") from None
         if changed:
-            what = ", ".join(f"{key} {before.get(key)!r}, not {settings[key]!r}" for key in changed)
-            raise UserError(f"{quoted(path)} was made with {what}: remove it, or give another "
-                            "folder with --out")
-        for record in found:
-            if "bad" in records.get(record["row"], {"bad": ""}):
-                records[record["row"]] = record
+            raise UserError(f"{quoted(path)} was made with {', '.join(changed)}: remove it, or "
+                            "give another folder with --out")
     return records
 
 
-def _check(record: dict, metric: str):
+def check_record(record: dict, metric: str):
     """Raises what read_answers expects unless the record can be scored and shown."""
-    text = [record["bad" if "bad" in record else "prediction"], record["index"]]
-    text += [*record.get("answer", ()), *(record.get(key, "") for key in ("picture", *GROUPS))]
-    if not all(isinstance(part, str) for part in text) or type(record["row"]) is not int:
-        raise ValueError("a field of another type")
+    texts = [record["index"], record["bad" if "bad" in record else "prediction"]]
+    texts += [record.get(key, "") for key in ("picture", *GROUPS)]
+    "".join(texts + record.get("answer", []))         # TypeError where one is no text
+    if type(record["row"]) is not int or not 0 <= record.get("score", 0) <= 1:
+        raise ValueError("its row or its score is no such number")
     if "bad" not in record:
         summarize(metric, [record])
-        if not 0 <= record["score"] <= 1:
-            raise ValueError(f"score {record['score']}")
 
 
 def write_answers(path: Path, settings: dict, records: Iterable[dict]) -> Iterator[dict]:

@@ -19,12 +19,11 @@ def add_model_flags(parser, **weights):
     add_flags(parser)
 
 
-def load_model(folder: Path, device: str | None, dtype: str | None, path):
-    """device and dtype: the flags. path: the visual path."""
-    device = device_from(device)
-    if dtype is None and device.startswith("cuda"):
-        dtype = "bfloat16"
-    model = load(folder, device, dtype and getattr(torch, dtype), path).eval()
+def load_model(args, path):
+    """The model that the flags name, under a visual path."""
+    device = device_from(args.device)
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else None)
+    model = load(args.weights, device, dtype and getattr(torch, dtype), path).eval()
     if device == "cpu" and dtype is None and model.dtype == torch.float16:
         model.float()                                 # CPUs have no fast float16
     return model

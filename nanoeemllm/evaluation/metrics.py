@@ -10,13 +10,13 @@ scores 0 and is counted as unread. README.md says which benchmark is scored by w
 import math
 import re
 import string
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 YES_NO = ("yes-no", "mme", "hallusion", "pope")
 CHOICE = ("multiple-choice", "circular")
-METRICS = ("exact", *CHOICE, *YES_NO, "vqa", "anls", "relaxed", "ocrbench")
 GROUPS = ("l2-category", "category", "split")     # columns by which scores are broken down
+FORMULAS = "Handwritten Mathematical Expression Recognition"       # a category of OCRBench
 
 
 def grade(metric: str, prediction: str, row: dict) -> tuple[str | None, float]:
@@ -31,10 +31,9 @@ def grade(metric: str, prediction: str, row: dict) -> tuple[str | None, float]:
         return read, float(read == references[0].strip())
     if metric == "vqa":
         return prediction, vqa_accuracy(prediction, references)
-    score = {"exact": exact_match, "anls": anls, "relaxed": relaxed_match}.get(metric, open_match)
-    if metric == "ocrbench":
-        is_formula = row.get("category") == "Handwritten Mathematical Expression Recognition"
-        score = holds_formula if is_formula else holds_text
+    score, _ = METRICS[metric]
+    if metric == "ocrbench" and row.get("category") == FORMULAS:
+        score = holds_formula
     return prediction, float(max(score(prediction, reference) for reference in references))
 
 
@@ -52,19 +51,18 @@ def read_choice(prediction: str, options: dict[str, str]) -> str | None:
     A letter has to stand alone ("B", "(b)", "B. red", "the answer is B") and be the only one; the
     article of "A dog" is none. A text is found as whole words, and only one option's may be.
     """
-    def only(letters) -> str | None:
-        return letters[0] if len(letters) == 1 else None
-
     bare = prediction.strip(string.whitespace + string.punctuation).upper()
-    if len(bare) == 1 and bare in options:
-        return bare
-    said = _words(prediction)
-    if same := [letter for letter, text in options.items() if _words(text) == said]:
-        return only(same)
     article = r"\bA(?=\s+(?!(?:or|and|is|but|because)\b)[a-z])"
     alone = r"(?<![A-Za-z0-9'-])[A-Z](?![A-Za-z0-9'-])"
-    letters = set(re.findall(alone, re.sub(article, "", prediction))) & options.keys()
-    return only(list(letters) or [x for x, text in options.items() if _holds(said, _words(text))])
+    letters = re.findall(alone, re.sub(article, "", prediction))
+    said, texts = _plain(prediction.lower()), {x: _plain(options[x].lower()) for x in options}
+    for found in ([x for x in options if x == bare],
+                  [x for x in options if texts[x] == said],
+                  [x for x in options if x in letters],
+                  [x for x in options if _holds(said, texts[x])]):
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def read_yes_no(prediction: str) -> str | None:
@@ -74,8 +72,9 @@ def read_yes_no(prediction: str) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
-def _words(text: str) -> str:
-    return " ".join(text.lower().split()).removesuffix(".").strip()
+def _plain(text: str) -> str:
+    """White space and a final full stop mean nothing."""
+    return " ".join(text.split()).removesuffix(".").rstrip()
 
 
 def _holds(text: str, part: str) -> bool:
@@ -87,10 +86,7 @@ def _holds(text: str, part: str) -> bool:
 # ---- one answer and one reference; of several references the best counts ----
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """The same text but for white space and a final full stop."""
-    said, meant = (" ".join(text.split()).removesuffix(".").rstrip()
-                   for text in (prediction, reference))
-    return said == meant
+    return _plain(prediction) == _plain(reference)
 
 
 def open_match(prediction: str, reference: str) -> bool:
@@ -100,8 +96,9 @@ def open_match(prediction: str, reference: str) -> bool:
     plain = reference.replace(",", "").strip()
     if re.fullmatch(number, plain):
         said = re.findall(number, prediction.replace(",", ""))
-        return round(float(plain), 2) in {round(float(n), 2) for n in said}
-    return _words(reference) != "" and _holds(_words(prediction), _words(reference))
+        return any(round(float(n), 2) == round(float(plain), 2) for n in said)
+    meant = _plain(reference.lower())
+    return meant != "" and _holds(_plain(prediction.lower()), meant)
 
 
 def anls(prediction: str, reference: str) -> float:
@@ -143,14 +140,14 @@ def _number(text: str) -> float:
 
 def holds_text(prediction: str, reference: str) -> bool:
     """OCRBench (Liu et al. 2023): the reference stands in the answer, case ignored."""
-    said, meant = (text.lower().strip().replace("\n", " ") for text in (prediction, reference))
-    return meant != "" and meant in said
+    meant = reference.lower().strip().replace("\n", " ")
+    return meant != "" and meant in prediction.lower().replace("\n", " ")
 
 
 def holds_formula(prediction: str, reference: str) -> bool:
     """The same of OCRBench's formulas: white space is ignored and case is not."""
-    said, meant = (re.sub(r"\s", "", text) for text in (prediction, reference))
-    return meant != "" and meant in said
+    meant = "".join(reference.split())
+    return meant != "" and meant in "".join(prediction.split())
 
 
 # ---- agreement with ten people ----
@@ -172,13 +169,13 @@ _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn
     someone'd someone'd've someone'll someone's something'd something'd've something'll that's
     there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't
     we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd
-    who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
-    y'all'd've you'd you'd've you'll you're you've""".split()
-_VQA_WORDS = {word: str(n) for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())}
-_VQA_WORDS |= {"none": "0", "a": "", "an": "", "the": ""}
+    who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all
+    y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+_VQA_WORDS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                      "0 0 1 2 3 4 5 6 7 8 9 10".split()), a="", an="", the="")
 for _word in _CONTRACTIONS:                          # one apostrophe missing, any of them
-    _VQA_WORDS |= {_word[:m.start()] + _word[m.end():]: _word for m in re.finditer("'", _word)}
+    for _mark in re.finditer("'", _word):
+        _VQA_WORDS[_word[:_mark.start()] + _word[_mark.end():]] = _word
 
 
 def normalize_vqa(text: str) -> str:
@@ -211,36 +208,34 @@ def summarize(metric: str, records: list[dict]) -> dict:
     if metric == "pope":               # a row stands for every kind of negative that it is used in
         scored = [r | {"category": kind.strip()} for r in scored
                   for kind in r.get("category", "").split(",")]
-    numbers = _NUMBERS.get(metric, accuracy)
-    result["overall"] = (mme_totals if metric == "mme" else numbers)(scored)
+    _, numbers = METRICS[metric]
+    result["overall"] = mme_totals(scored) if metric == "mme" else numbers(scored)
     for column in GROUPS:
-        groups = _grouped(scored, lambda r: r.get(column))
-        groups.pop(None, groups.pop("", None))
+        groups = group_by(lambda r: r[column], [r for r in scored if r.get(column)])
         if len(groups) > 1 or column != "split" and groups:
             result[column] = {name: numbers(groups[name]) for name in sorted(groups)}
     return result
 
 
-def _grouped(records: Iterable[dict], key: Callable) -> dict:
+def group_by(key: Callable, records: Iterable[dict]) -> dict:
     groups = defaultdict(list)
     for record in records:
         groups[key(record)].append(record)
     return groups
 
 
-def _percent(scores: Iterable[float]) -> float:
+def percent(scores: Iterable[float]) -> float:
     scores = list(scores)
     return 100 * sum(scores) / len(scores) if scores else 0.0
 
 
-def _percent_all_right(records: Iterable[dict], key: Callable) -> float:
-    """Of the groups of records with the same key, those in which every answer is right."""
-    groups = _grouped(records, key).values()
-    return _percent(all(r["score"] == 1 for r in group) for group in groups)
+def all_right(groups: Iterable[list[dict]]) -> float:
+    """Percentage of the groups in which every answer is right."""
+    return percent(all(r["score"] == 1 for r in group) for group in groups)
 
 
 def accuracy(records: list[dict]) -> dict[str, float]:
-    return {"accuracy": _percent(r["score"] for r in records), "rows": len(records)}
+    return {"accuracy": percent(r["score"] for r in records), "rows": len(records)}
 
 
 def circular(records: list[dict]) -> dict[str, float]:
@@ -249,13 +244,10 @@ def circular(records: list[dict]) -> dict[str, float]:
 
     "cut": questions asked fewer times than they have options (--limit, bad rows), so too easy.
     """
-    def question(record):
-        return int(record["index"]) % 1_000_000
-
-    asked = Counter(map(question, records))
-    options = {question(r): r.get("options", 1) for r in records}
-    return {"accuracy": _percent_all_right(records, question), "questions": len(asked),
-            "rows": len(records), "cut": sum(asked[q] < options[q] for q in asked)}
+    questions = group_by(lambda r: int(r["index"]) % 1_000_000, records).values()
+    cut = sum(len(asked) < asked[0].get("options", 1) for asked in questions)
+    return {"accuracy": all_right(questions), "questions": len(questions), "rows": len(records),
+            "cut": cut}
 
 
 MME = {"perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene",
@@ -267,16 +259,16 @@ MME = {"perception": ("existence", "count", "position", "color", "posters", "cel
 def mme(records: list[dict]) -> dict[str, float]:
     """MME (Fu et al. 2023, section 2.2): a category's score, at most 200, is accuracy over
     questions plus accuracy+ over pictures, both of whose two questions must be right."""
-    asked = Counter(r["picture"] for r in records)
-    pairs = (r for r in records if asked[r["picture"]] > 1)
-    plus, numbers = _percent_all_right(pairs, lambda r: r["picture"]), accuracy(records)
-    return {"score": numbers["accuracy"] + plus, **numbers, "accuracy+": plus}
+    pictures = group_by(lambda r: r["picture"], records).values()
+    plus = all_right(asked for asked in pictures if len(asked) > 1)
+    right = percent(r["score"] for r in records)
+    return {"score": right + plus, "accuracy": right, "accuracy+": plus, "rows": len(records)}
 
 
 def mme_totals(records: list[dict]) -> dict[str, float]:
     """Sums over MME's ten categories of perception (2000) and four of cognition (800)."""
-    groups = _grouped(records, lambda r: r.get("category", "").lower())
-    totals = {kind: sum(mme(groups.get(name, []))["score"] for name in names)
+    groups = group_by(lambda r: r.get("category", "").lower(), records)
+    totals = {kind: sum(mme(groups[name])["score"] for name in names)
               for kind, names in MME.items()}
     return {"total": sum(totals.values()), **totals, **accuracy(records)}
 
@@ -284,13 +276,14 @@ def mme_totals(records: list[dict]) -> dict[str, float]:
 def hallusion(records: list[dict]) -> dict[str, float]:
     """HallusionBench (Guan et al. 2023): aAcc over questions; fAcc over figures and qAcc over
     questions asked of several figures, all right. The index ends in _set_figure_question."""
-    def key(record, which):
-        parts = record["index"].split("_")
-        return record.get("l2-category"), parts[-3], parts[which]
+    def all_right_by(part: int) -> float:
+        def key(record):
+            index = record["index"].split("_")
+            return record.get("l2-category"), index[-3], index[part]
+        return all_right(group_by(key, records).values())
 
-    return {"aAcc": _percent(r["score"] for r in records),
-            "fAcc": _percent_all_right(records, lambda r: key(r, -2)),
-            "qAcc": _percent_all_right(records, lambda r: key(r, -1)), "rows": len(records)}
+    return {"aAcc": percent(r["score"] for r in records), "fAcc": all_right_by(-2),
+            "qAcc": all_right_by(-1), "rows": len(records)}
 
 
 def pope(records: list[dict]) -> dict[str, float]:
@@ -298,10 +291,20 @@ def pope(records: list[dict]) -> dict[str, float]:
     said_yes = [r["score"] for r in records if r["read"] == "yes"]
     hits, is_yes = sum(said_yes), sum(r["answer"][0].strip().lower() == "yes" for r in records)
     return {"F1": 200 * hits / max(len(said_yes) + is_yes, 1), **accuracy(records),
-            "precision": _percent(said_yes), "recall": 100 * hits / max(is_yes, 1)}
+            "precision": percent(said_yes), "recall": 100 * hits / max(is_yes, 1)}
 
 
-_NUMBERS = {"circular": circular, "mme": mme, "hallusion": hallusion, "pope": pope,
-            "anls": lambda records: {"ANLS": accuracy(records)["accuracy"], "rows": len(records)},
-            "ocrbench": lambda records: {"points": sum(r["score"] for r in records),
-                                         **accuracy(records)}}
+def mean_anls(records: list[dict]) -> dict[str, float]:
+    return {"ANLS": percent(r["score"] for r in records), "rows": len(records)}
+
+
+def points(records: list[dict]) -> dict[str, float]:
+    return {"points": sum(r["score"] for r in records), **accuracy(records)}
+
+
+METRICS = {                # metric -> (score of an answer beside a reference, numbers over answers)
+    "exact": (exact_match, accuracy), "multiple-choice": (open_match, accuracy),
+    "circular": (open_match, circular), "yes-no": (None, accuracy), "mme": (None, mme),
+    "hallusion": (None, hallusion), "pope": (None, pope), "vqa": (None, accuracy),
+    "anls": (anls, mean_anls), "relaxed": (relaxed_match, accuracy),
+    "ocrbench": (holds_text, points)}

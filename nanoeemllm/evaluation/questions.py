@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -37,8 +38,8 @@ def prompt_of(row: dict, metric: str, images: list) -> tuple[str, list]:
     text = row["question"]
     if row.get("hint"):
         text = row["hint"] + "\n" + text
-    options = options_of(row) if metric in CHOICE else {}
-    if options:
+    options = options_of(row)
+    if metric in CHOICE and options:
         text += "".join(f"\n{letter}. {option}" for letter, option in options.items())
         text += LETTER_CN if re.search(r"[\u4e00-\u9fff]", text) else LETTER
     elif metric in YES_NO:                            # MME's own ending gives way to LLaVA's
@@ -62,14 +63,14 @@ def prompt_of(row: dict, metric: str, images: list) -> tuple[str, list]:
 def images_of(row: dict) -> list[Image.Image]:
     """Raises UserError where there is none, or one cannot be read."""
     images = row.get("image") or list(map(load_image, row.get("image_path") or []))
-    if isinstance(images, str):
-        try:
-            files = [base64.b64decode("".join(x.split()), validate=True) for x in as_list(images)]
-        except ValueError as error:
-            raise UserError(f"the picture is not base64: {error}") from None
-        images = [load_image(io.BytesIO(file)) for file in files]
     if not images:
         raise UserError("no picture")
+    if isinstance(images, str):
+        try:
+            files = [io.BytesIO(base64.b64decode(text)) for text in as_list(images)]
+        except ValueError as error:
+            raise UserError(f"the picture is not base64: {error}") from None
+        images = list(map(load_image, files))
     return images if isinstance(images, list) else [images]
 
 
@@ -80,7 +81,7 @@ def check_row(row: dict, metric: str):
     answer, index, options = row["answer"].strip(), row.get("index", ""), options_of(row)
     for is_bad, why in (
             (not row["question"].strip(), "no question"),
-            (not any(map(str.strip, as_list(answer))), "no answer"),
+            (not "".join(as_list(answer)).strip(), "no answer"),
             (metric in CHOICE and options and answer not in options,
              f"the answer {answer!r} is none of the options {', '.join(options)}"),
             (metric in YES_NO and answer.lower() not in ("yes", "no"),
@@ -105,8 +106,8 @@ def prepare(model, row: dict, metric: str, max_new_tokens: int) -> Question:
         raise UserError(f"{tokens} tokens, {max_new_tokens} new ones among them, do not fit the "
                         f"model's context of {context}")
     row = row | {"answer": as_list(row["answer"])}
-    if metric == "mme":
-        row["picture"] = str(row.get("image_path") or hashlib.md5(images[0].tobytes()).hexdigest())
+    if metric == "mme":                               # counts the two questions about a picture
+        row["picture"] = hashlib.md5(images[0].tobytes()).hexdigest()
     return Question(row, ids, images, tokens)
 
 
@@ -114,7 +115,7 @@ def prepare_all(model, rows: Iterable[dict], metric: str,
                 max_new_tokens: int) -> Iterator[Question | dict]:
     """A Question a row, or a record that says why it cannot be asked ("bad")."""
     for number, row in enumerate(rows):
-        row = {"row": number + 1} | row | {"index": str(row.get("index", number))}
+        row = {"row": number + 1, "index": str(number)} | row
         try:
             yield prepare(model, row, metric, max_new_tokens)
         except UserError as error:
@@ -125,16 +126,15 @@ def answers(model, rows: Iterable[dict], metric: str, max_new_tokens: int = 128,
             batch_tokens: int = 16384) -> Iterator[dict]:
     """A record a row: what was asked, answered, read and scored; or "bad". Rows are asked together
     up to batch_tokens of Question.tokens."""
-    batch, tokens = [], 0
+    batch = []
     for question in prepare_all(model, rows, metric, max_new_tokens):
         if isinstance(question, dict):
             yield question
             continue
-        if batch and tokens + question.tokens > batch_tokens:
+        if batch and sum(q.tokens for q in [*batch, question]) > batch_tokens:
             yield from ask(model, batch, metric, max_new_tokens)
-            batch, tokens = [], 0
+            batch = []
         batch.append(question)
-        tokens += question.tokens
     if batch:
         yield from ask(model, batch, metric, max_new_tokens)
 
@@ -146,14 +146,13 @@ def ask(model, batch: list[Question], metric: str, max_new_tokens: int) -> Itera
                                        max_new_tokens=max_new_tokens)
     except torch.cuda.OutOfMemoryError:
         raise UserError(f"out of memory with {len(batch)} rows: lower --batch-tokens") from None
-    for (row, *_), output in zip(batch, outputs):
-        prediction = model.tokenizer.decode(output).strip()
+    for question, output in zip(batch, outputs):
+        row, prediction = question.row, model.tokenizer.decode(output).strip()
         read, score = grade(metric, prediction, row)
         columns = ("row", "index", "question", "answer", "picture", *GROUPS)
         record = {key: row[key] for key in columns if row.get(key)}
-        if metric in YES_NO + CHOICE:
-            record |= {"read": read, "options": len(options_of(row))}
-        yield record | {"prediction": prediction, "score": score}
+        yield record | {"prediction": prediction, "read": read, "score": score,
+                        "options": len(options_of(row))}
 
 
 def evaluate_rows(model, rows: list[dict], metric: str = "exact") -> dict:
@@ -167,11 +166,11 @@ def evaluate_rows(model, rows: list[dict], metric: str = "exact") -> dict:
 
 def table(lines: dict[str, dict[str, float]]) -> str:
     """label -> {column: number} as text, a line a label; absent numbers are left empty."""
-    names = list(dict.fromkeys(name for numbers in lines.values() for name in numbers))
-    rows = [["", *names]]
-    for label, numbers in lines.items():
-        cells = (numbers.get(name, "") for name in names)
-        rows.append([label, *(f"{x:.1f}" if isinstance(x, float) else str(x) for x in cells)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in rows)
+    width = max(map(len, lines))
+    columns = [[label.ljust(width) for label in ("", *lines)]]
+    for name in dict.fromkeys(itertools.chain(*lines.values())):
+        numbers = [line.get(name, "") for line in lines.values()]
+        cells = [name, *(f"{x:.1f}" if isinstance(x, float) else str(x) for x in numbers)]
+        width = max(map(len, cells))
+        columns.append([cell.rjust(width) for cell in cells])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns))
