@@ -7,7 +7,6 @@ text tokens, an image of two, and one more text token:
     position     0  1  2  3  4  5  6  7  8  9     sees_visual   sees_text
                  t  t  v  v  v  t  t  v  v  t
     query 0      1  .  .  .  .  .  .  .  .  .          0            1
-    query 1      1  1  .  .  .  .  .  .  .  .          0            2
     query 5      1  1  1  1  1  1  .  .  .  .          3            3
     query 6      1  1  1  1  1  1  1  .  .  .          3            4
     query 9      1  1  1  1  1  1  1  1  1  1          5            5
@@ -54,8 +53,7 @@ class Visibility:
     sees_text: Tensor      # (N,) int32: and so many of its text keys
 
     @cached_property
-    def text_alone(self) -> "Visibility":
-        """The same queries where there are no visual keys."""
+    def text_alone(self) -> "Visibility":    # the same queries where there are no visual keys
         none = torch.zeros_like(self.sees_visual)
         return Visibility(self.query, empty_span(self.query), self.text, none, self.sees_text)
 
@@ -69,16 +67,14 @@ class Visibility:
 
 
 def empty_span(like: Span) -> Span:
-    zero = torch.zeros_like(like.start)
-    return Span(zero, zero, 0)
+    return Span(like.start * 0, like.start * 0, 0)
 
 
 def attention(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
     """Softmax attention, scaled by D^-0.5, of packed queries over their sample's two runs of keys.
 
     q (N, H, D); G divides H, and H // G query heads share a key head. Returns (N, H, D); rows that
-    see no key are zero.
-    """
+    see no key are zero."""
     return (_instead[-1] if _instead else compute)(q, keys, sees)
 
 
@@ -87,14 +83,14 @@ def compute(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
     if q.device.type not in ("cuda", "meta"):
         return attention_sdpa(q, keys, sees)
     from nanoeemllm import kernels
-    rows = (len(keys.k_visual), len(keys.k_text))
-    if torch.is_grad_enabled() and rows not in sees.first_queries:
-        sees.first_queries[rows] = (
-            kernels.first_queries(sees.query, sees.visual, sees.sees_visual, rows[0]),
-            kernels.first_queries(sees.query, sees.text, sees.sees_text, rows[1]))
-    return kernels.composite_attention(
-        q, *keys, sees.query, sees.visual, sees.text, sees.sees_visual, sees.sees_text,
-        sees.first_queries[rows] if torch.is_grad_enabled() else None)
+    V, T = len(keys.k_visual), len(keys.k_text)
+    if torch.is_grad_enabled() and (V, T) not in sees.first_queries:
+        sees.first_queries[V, T] = (
+            kernels.first_queries(sees.query, sees.visual, sees.sees_visual, V),
+            kernels.first_queries(sees.query, sees.text, sees.sees_text, T))
+    return kernels.composite_attention(q, *keys, sees.query, sees.visual, sees.text,
+                                       sees.sees_visual, sees.sees_text,
+                                       sees.first_queries.get((V, T)))
 
 
 _instead: list[Callable] = []
@@ -129,15 +125,15 @@ def attention_reference(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
 
 def visible(sees: Visibility, rows: slice, V: int, T: int) -> Tensor:
     """The two prefixes as a mask (rows, V + T) over the first V visual and T text keys."""
-    device = sees.sees_text.device
-    visual = torch.arange(V, device=device) < sees.sees_visual[rows, None]
-    return torch.cat([visual, torch.arange(T, device=device) < sees.sees_text[rows, None]], dim=1)
+    place = torch.arange(max(V, T), device=sees.sees_text.device)
+    visual, text = place[:V] < sees.sees_visual[rows, None], place[:T] < sees.sees_text[rows, None]
+    return torch.cat([visual, text], dim=1)
 
 
 def samples_of(sees: Visibility) -> list[tuple]:
     """(start, length) of every sample's queries, visual and text keys, on the host."""
-    spans = (sees.query, sees.visual, sees.text)
-    return list(zip(*(zip(span.start.tolist(), span.length.tolist()) for span in spans)))
+    return list(zip(*(zip(span.start.tolist(), span.length.tolist())
+                      for span in (sees.query, sees.visual, sees.text))))
 
 
 # ---- PyTorch's own attention ----
@@ -147,8 +143,7 @@ _FEW = 16                # up to so many query rows, keys of both kinds are not 
 
 
 class Block(NamedTuple):
-    """Query rows of a sample and the keys that the last of them sees, or the same of `count` like
-    samples in a row."""
+    """Query rows of a sample, and keys that the last of them sees; or of `count` like samples."""
     rows: slice
     visual: slice
     text: slice
@@ -182,8 +177,8 @@ def make_blocks(sees: Visibility) -> list[Block]:
 
 
 def split_blind(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A softmax over nothing is NaN, so that rows that see no key are let see all, and are zeroed
-    afterwards: (Q, K) -> mask (1, 1, Q, K) and the rows to zero (1, Q, 1, 1), if any."""
+    """A softmax over nothing is NaN: rows that see no key are let see all, and zeroed afterwards.
+    (Q, K) -> mask (1, 1, Q, K) and the rows to zero (1, Q, 1, 1), if any."""
     blind = ~mask.any(-1, keepdim=True)
     return (mask | blind)[None, None], blind[None, :, :, None] if blind.any() else None
 
@@ -191,15 +186,16 @@ def split_blind(mask: Tensor) -> tuple[Tensor, Tensor | None]:
 def merge(blocks: list[Block], new: Block) -> bool:
     """Joins a block to the one before, if both see all of their keys, are of one size and follow
     one another: all images of an encoder's batch in one call."""
-    last = blocks[-1]
+    last, joined = blocks[-1], []
     for before, after in zip(last[:3], new[:3]):
         n = after.stop - after.start
         if before.stop != after.start or before.stop - before.start != n * last.count:
             return False
-    if last.mask is None and not last.is_causal:
-        joined = [slice(before.start, after.stop) for before, after in zip(last[:3], new[:3])]
-        blocks[-1] = Block(*joined, last.count + 1, None, None, False)
-    return last.mask is None and not last.is_causal
+        joined.append(slice(before.start, after.stop))
+    if last.mask is not None or last.is_causal:
+        return False
+    blocks[-1] = Block(*joined, last.count + 1, None, None, False)
+    return True
 
 
 def attention_sdpa(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
@@ -214,12 +210,12 @@ def attention_sdpa(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
         out.append((rows if b.blind is None else rows.masked_fill(b.blind, 0)).flatten(0, 1))
     if is_partition([b.rows for b in blocks], len(q)):
         return torch.cat(out)
-    rows = [torch.arange(0), *(torch.arange(b.rows.start, b.rows.stop) for b in blocks)]
-    return torch.zeros_like(q).index_copy(0, torch.cat(rows).to(q.device), torch.cat(out))
+    rows = [row for b in blocks for row in range(b.rows.start, b.rows.stop)]
+    rows = torch.tensor(rows, dtype=torch.long, device=q.device)
+    return torch.zeros_like(q).index_copy(0, rows, torch.cat(out))
 
 
-def is_partition(slices: list[slice], rows: int) -> bool:
-    """Whether the slices follow one another from the first row to the last."""
+def is_partition(slices: list[slice], rows: int) -> bool:    # one behind the other, all rows
     ends = [0, *(s.stop for s in slices)]
     return ends[-1] == rows and all(s.start == end for s, end in zip(slices, ends))
 

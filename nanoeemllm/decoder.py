@@ -45,6 +45,12 @@ class Context:
         return self.rope[0][self.T:], self.rope[1][self.T:]
 
     @cached_property
+    def merged(self) -> tuple[Tensor, Tensor, Visibility]:
+        """layout.merged, where the rows are: when operations are counted, the layout stays behind."""
+        order, place, sees = self.layout.merged
+        return order.to(self.rope[0].device), place.to(self.rope[0].device), sees
+
+    @cached_property
     def last_image(self) -> Visibility:
         """The text rows' view of the last image before each alone."""
         return (self.cache if self.layout is None else self.layout).last_image_queries
@@ -105,7 +111,7 @@ class LlavaLayer(DecoderLayer):
     def attend(self, h: Tensor, v: Tensor, keys: Keys, ctx: Context) -> Tensor:
         if len(h) == ctx.T:
             return super().attend(h, v, keys, ctx)
-        order, place, sees = ctx.layout.merged
+        order, place, sees = ctx.merged
         q = self.self_attn.queries(h, ctx.rope).index_select(0, order)
         k = torch.cat([keys.k_text, keys.k_visual]).index_select(0, order)
         v = torch.cat([keys.v_text, keys.v_visual]).index_select(0, order)
