@@ -92,7 +92,7 @@ def compare_layer(model: EEMLLM, name: str, x: torch.Tensor, ctx: Context, T: in
     if queries > T:
         pairs += int(ctx.layout.sees_visual[T:].sum() + ctx.layout.sees_text[T:].sum())
     out = decoder.layers[0](x, ctx)
-    work, _ = operations(dataclasses.replace(config), [(T, [V])])
+    work, *_ = operations(dataclasses.replace(config), [(T, [V])])
     print(f"   {name:<7} x {shape(x)} -> {shape(out)}; {queries} queries over {T + V} keys see {pairs:,} "
           f"pairs; {work / 1e6:,.1f} million operations in all layers")
 

@@ -1,5 +1,5 @@
-"""The Triton kernels on a CUDA device, against the rule in float64: what kernel_interpreted.py shows of them in Triton's
-interpreter, and bfloat16, which the interpreter cannot multiply."""
+"""The Triton kernels on a CUDA device, against the rule in float64: every entry of the tile tables that this GPU can run,
+and what kernel_interpreted.py shows of them in Triton's interpreter. With pytest-xdist: -n 16."""
 
 import os
 import random
@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from kernel_cases import NAMES, WIDTHS, distances, random_case, true_values, with_gradients
-from nanoeemllm.attention import Run, attention_reference, composite_attention
+from kernel_cases import NAMES, WIDTHS, Layout, Span, distances, of_kernel, random_case, reference, true_values, with_gradients
+from nanoeemllm.kernels import composite_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
                                 reason="needs a CUDA device, and TRITON_INTERPRET not set")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or os.environ.get(
 def poisoned_memory():
     """Whatever a kernel leaves unwritten, and whatever it reads that nobody wrote, is NaN."""
     torch.cuda.empty_cache()
-    torch.full((2 ** 28,), float("nan"), device="cuda")
+    torch.full((2 ** 26,), float("nan"), device="cuda")
     for size in (2 ** 9, 2 ** 12, 2 ** 16, 2 ** 19):  # the allocator keeps small blocks apart
         _ = [torch.full((size // 4,), float("nan"), device="cuda") for _ in range(16)]
 
@@ -29,36 +29,72 @@ def fresh() -> int:
     return random.SystemRandom().randrange(2 ** 31)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("number", range(100))
+def compare(seed: int, case):
+    """Errors against float64: 1e-5 in float32, else at most twice those of eager PyTorch in the same type."""
+    want = true_values(*case)
+    errors = distances(of_kernel(*case), want, case[2])
+    eager = distances(with_gradients(reference, *case), want, case[2])
+    for name, error, bound in zip(NAMES, errors, eager):
+        limit = 1e-5 if case[0][0].dtype == torch.float32 else max(2 * bound, 1e-5)
+        assert error <= limit, (seed, case[0][0].shape, name, error, bound)
+
+
+def entries(table: str) -> list:
+    """(table, number) of each tile of a table; which of them fit this GPU is known where it is."""
+    try:
+        from nanoeemllm.kernels import backward, forward
+    except ImportError:  # no Triton here
+        return []
+    return [(table, n) for n in range(len(getattr(forward, table, None) or getattr(backward, table)))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", [72, 128])
+@pytest.mark.parametrize("G", [32, 8])
+@pytest.mark.parametrize("table, number", [entry for table in ("FORWARD", "FORWARD_FEW", "QUERY", "KEYS")
+                                           for entry in entries(table)])
+def test_every_entry(table, number, G, D, dtype, fresh, monkeypatch):
+    from nanoeemllm.kernels import backward, forward
+    module = forward if table.startswith("FORWARD") else backward
+    rows = {"QUERY": backward.query_rows, "KEYS": backward.key_rows}.get(table, forward.forward_rows)
+    tile = getattr(module, table)[number]
+    case = random_case(fresh, D, dtype, longest=600, device="cuda", heads=(32, G))
+    if tile not in forward.fitting_tiles([tile], rows, case[0][0]):
+        pytest.skip("not for this GPU or head width")
+    monkeypatch.setattr(module, table, [tile])
+    if table == "FORWARD_FEW":  # whatever the number of queries
+        monkeypatch.setattr(forward, "FEW", 2 ** 30)
+    for splits in ((1, 3) if module is forward else (1,)):
+        monkeypatch.setattr(forward, "choose_splits", lambda *_: splits)
+        compare(fresh, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("number", range(32))
 def test_against_float64(number, dtype, fresh):
     D = WIDTHS[number % 8]
-    case = random_case(fresh, D, dtype, longest=300 if number < 80 else 3000, device="cuda")
-    want = true_values(*case)
-    errors = distances(with_gradients(composite_attention, *case), want, case[2])
-    eager = distances(with_gradients(attention_reference, *case), want, case[2])
-    for name, error, bound in zip(NAMES, errors, eager):
-        assert error <= (1e-5 if dtype == torch.float32 else max(2 * bound, 1e-5)), (fresh, D, name, error, bound)
+    compare(fresh, random_case(fresh, D, dtype, longest=300 if number < 24 else 3000, device="cuda"))
 
 
-@pytest.mark.parametrize("splits", [1, 3, 16])
+@pytest.mark.parametrize("splits", [3, 16])
 @pytest.mark.parametrize("D", WIDTHS)
 def test_split_keys(D, splits, fresh, monkeypatch):
-    from nanoeemllm import kernel
-    monkeypatch.setattr(kernel, "choose_splits", lambda *_: splits)
-    case = random_case(fresh, D, torch.float32, longest=2000, device="cuda")
-    errors = distances(with_gradients(composite_attention, *case), true_values(*case), case[2])
-    assert max(errors) <= 1e-5, (fresh, D, errors)
+    from nanoeemllm.kernels import forward
+    monkeypatch.setattr(forward, "choose_splits", lambda *_: splits)
+    compare(fresh, random_case(fresh, D, torch.float32, longest=2000, device="cuda"))
 
 
 def test_other_samples_and_repeated_runs_keep_their_bits():
-    tensors, runs, gradient = random_case(5, 128, torch.bfloat16, device="cuda")
-    before, again = (with_gradients(composite_attention, tensors, runs, gradient) for _ in range(2))
+    for seed in range(100):
+        tensors, layout, gradient = random_case(seed, 128, torch.bfloat16, device="cuda")
+        if len(layout.query.start) > 1 and layout.query.length[0] and layout.text.length[0]:
+            break
+    before, again = (of_kernel(tensors, layout, gradient) for _ in range(2))
     assert all(map(torch.equal, before, again))
-    own = [slice(int(run.start[0]), int(run.start[0] + run.length[0])) for run in runs]
+    own = [slice(int(span.start[0]), int(span.start[0] + span.length[0])) for span in layout[:3]]
     for x, which in zip(tensors, (0, 1, 1, 2, 2)):
         x[own[which]] += 1
-    after = with_gradients(composite_attention, tensors, runs, gradient)
+    after = of_kernel(tensors, layout, gradient)
     for a, b, which in zip(before, after, (0, 0, 1, 1, 2, 2)):
         others = torch.ones(len(a), dtype=torch.bool)
         others[own[which]] = False
@@ -67,45 +103,41 @@ def test_other_samples_and_repeated_runs_keep_their_bits():
 
 @pytest.mark.parametrize("B", [1, 8, 64])
 def test_decoding_in_a_cuda_graph(B):
-    """One recording, replayed while the cache grows."""
+    """One recording, replayed while the cache grows; nothing is tuned, so nothing needs a call before it but compiling."""
     room, G, H, D = 600, 2, 8, 128
     at = lambda x: torch.tensor(x, dtype=torch.int32, device="cuda")
     q, k, v = (torch.randn(B * rows, heads, D, device="cuda", dtype=torch.bfloat16)
                for rows, heads in ((1, H), (room, G), (room, G)))
-    rows = torch.arange(room, dtype=torch.int32, device="cuda").repeat(B)
-    starts = at([b * room for b in range(B)])
-    text = Run(starts, at([100 + b for b in range(B)]), rows, room)
-    query = Run(at(list(range(B))), at([1] * B), text.length - 1, 1)
-    visual = Run(starts, torch.zeros_like(starts), rows[:0], 0)
-    step = lambda: composite_attention(q, k[:0], v[:0], k, v, query, visual, text)
-    for _ in range(3):
-        step()  # compiles and chooses tile sizes, which cannot be recorded
+    starts, none = at([b * room for b in range(B)]), at([0] * B)
+    text = Span(starts, at([100 + b for b in range(B)]), room)
+    layout = Layout(Span(at(list(range(B))), at([1] * B), 1), Span(starts, none, 0), text, none, text.length)
+    step = lambda: composite_attention(q, k[:0], v[:0], k, v, *layout)
+    step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
     for _ in range(5):
         text.length.add_(37)
-        query.position.add_(37)
         out.fill_(float("nan"))
         graph.replay()
-        want = attention_reference(*(x.double() for x in (q, k[:0], v[:0], k, v)), query, visual, text)
+        want = reference(*(x.double() for x in (q, k[:0], v[:0], k, v)), *layout)
         assert float((out.double() - want).norm() / want.norm()) < 1e-2
 
 
 def test_no_host_synchronisation():
-    tensors, runs, gradient = random_case(4, 64, torch.bfloat16, device="cuda")
+    tensors, layout, gradient = random_case(4, 64, torch.bfloat16, device="cuda")
     for mode in ("default", "error"):  # the first time compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
             leaves = [x.detach().requires_grad_() for x in tensors]
-            torch.autograd.grad(composite_attention(*leaves, *runs), leaves, gradient)
+            torch.autograd.grad(composite_attention(*leaves, *layout), leaves, gradient)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 def test_compiled_by_inductor():
-    tensors, runs, gradient = random_case(4, 64, torch.bfloat16, device="cuda")
-    layer = lambda *x: composite_attention(*(y * 2 for y in x), *runs)
+    tensors, layout, gradient = random_case(4, 64, torch.bfloat16, device="cuda")
+    layer = lambda *x: composite_attention(*(y * 2 for y in x), *layout)
     compiled = torch.compile(layer, fullgraph=True)
-    got, want = (with_gradients(lambda *x: f(*x[:5]), tensors, runs, gradient) for f in (compiled, layer))
+    got, want = (with_gradients(lambda *x: f(*x[:5]), tensors, layout, gradient) for f in (compiled, layer))
     assert max(distances(got, want, gradient)) < 1e-2

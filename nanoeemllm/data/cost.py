@@ -4,8 +4,8 @@ saved_tensors_hooks. So no formula has to know a visual path.
 
 A multiplication and its addition are two operations; only matrix products count. Attention counts
 the pairs in which the query sees the key, which is what kernels compute; the papers count whole
-rectangles (`rectangles=True`). Samples are given as (text tokens, [visual tokens of each image]);
-images stand in front, behind one text token.
+rectangles (`rectangles=True`). Samples are given as (text tokens, [visual tokens of each image]),
+images in front.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ def attend_backward_operations(dout, out, lse, q, k_visual, v_visual, k_text, v_
 
 
 def operations(config: ModelConfig, samples: Samples, stage: str | None = None,
-               rectangles: bool = False) -> tuple[float, float]:
-    """(the language model's, those of encoder and projector) of a prefill, with the logits of one
-    row a sample; with a stage, of a training step."""
+               rectangles: bool = False, logits: int = 1) -> tuple[float, float, float]:
+    """The language model's, the projector's and the encoder's in a prefill; with a stage, in a
+    training step. logits: rows of them a sample."""
     hidden_pairs = 0
 
     def count_rectangle(q, keys, sees):
@@ -56,10 +56,12 @@ def operations(config: ModelConfig, samples: Samples, stage: str | None = None,
 
     with (use_attention(count_rectangle) if rectangles else contextlib.nullcontext(),
           FlopCounterMode(display=False) as counted):
-        run(config, samples, stage, False, len(samples))
+        run(config, samples, stage, False, logits * len(samples))
     counts = counted.get_flop_counts()
-    encoder = sum(sum(counts.get(part, {}).values()) for part in ("EEMLLM.vision", "EEMLLM.projector"))
-    return counted.get_total_flops() + hidden_pairs - encoder, encoder
+    projector, encoder = (sum(counts[part].values()) if part in counts else 0
+                          for part in ("EEMLLM.projector", "EEMLLM.vision"))
+    language = counted.get_total_flops() - projector - encoder
+    return language + hidden_pairs, projector, encoder
 
 
 def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_activations: bool,
@@ -68,7 +70,7 @@ def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_act
     tensor that is saved for it."""
     model = meta_model(config)
     grids = [image_grids(config, visual) if visual else [] for _, visual in samples]
-    ids, layout = build_layout([[1] + [IMAGE_TOKEN] * len(images) + [1] * (text - 1)
+    ids, layout = build_layout([[IMAGE_TOKEN] * len(images) + [1] * text
                                 for (text, _), images in zip(samples, grids)], grids)
     patch_dim = config.vision.patch_dim if config.vision else 0
     rows = torch.zeros(target_rows, dtype=torch.long, device="meta")
@@ -112,7 +114,7 @@ def step(config: ModelConfig, samples: Samples, stage: str, checkpoint_activatio
     """(operations, bytes saved for the backward pass) of a training step, the latter at the end of
     the forward pass: each storage once, without the weights."""
     weights = {p.untyped_storage()._cdata for p in meta_model(config).parameters()}
-    saved = {}                                # storages, held so that none is counted under two names
+    saved = {}                         # storages, held so that none is counted under two names
 
     def save(x):
         storage = x.untyped_storage()
@@ -143,8 +145,8 @@ def sample_cost(config: ModelConfig) -> Callable[[int, int], float]:
     work = []
     for text, visual in points:
         images = [image] * (visual // image) if has_one_size else [visual] * bool(visual)
-        language, encoder = operations(config, [(text, images)])
-        work.append(3 * language + encoder)
+        language, projector, encoder = operations(config, [(text, images)], logits=0)
+        work.append(3 * (language + projector) + encoder)
     matrix = np.array([terms(*point) for point in points], dtype=float)
     scale = matrix.max(axis=0).clip(min=1)
     found = np.linalg.lstsq(matrix / scale, np.array(work), rcond=None)[0] / scale

@@ -169,9 +169,10 @@ def keys_kernel(q, k_visual, v_visual, k_text, v_text, query, visual, text, firs
 # ---- tile sizes: as in forward.py, the first that fits ----
 
 QUERY = [Tile(90, 128, 128, 64, 8, 3), Tile(90, 128, 128, 64, 8, 2),
+         Tile(89, 128, 128, 32, 8, 2), Tile(89, 256, 64, 32, 4, 2),
          Tile(80, 128, 128, 32, 8, 3), Tile(80, 256, 64, 32, 4, 3)]
-KEYS = [Tile(90, 64, 64, 64, 8, 3), Tile(90, 128, 32, 128, 8, 3),
-        Tile(80, 128, 64, 64, 8, 2), Tile(80, 256, 32, 64, 8, 3)]
+KEYS = [Tile(90, 128, 32, 128, 8, 3), Tile(90, 128, 32, 128, 8, 2),
+        Tile(80, 128, 32, 64, 8, 3), Tile(80, 256, 32, 64, 8, 2)]
 
 
 def query_rows(tile: Tile) -> int:

@@ -287,7 +287,7 @@ def combine_kernel(partial, partial_lse, out, lse, query, row_heads, heads, samp
 # ---- tile sizes ----
 
 class Tile(NamedTuple):
-    capability: int  # the oldest GPU it is for: 80 is Ampere, 90 Hopper
+    capability: int  # the oldest GPU it is for: 80 Ampere, 89 Ada, 90 Hopper
     D: int           # the widest head it is for
     BLOCK_M: int
     BLOCK_N: int
@@ -299,10 +299,12 @@ class Tile(NamedTuple):
 # what the compiler makes of them (README.md: no spills, wgmma not serialised); no GPU has measured
 # them yet. Three stages: with two, the next block's copy is issued at the loop's bottom, too late.
 FORWARD = [Tile(90, 80, 128, 128, 8, 3), Tile(90, 128, 128, 64, 8, 3),
-           Tile(80, 128, 128, 64, 8, 3), Tile(80, 256, 128, 32, 8, 3)]
+           Tile(80, 128, 128, 64, 8, 3), Tile(80, 256, 64, 64, 4, 2)]
 # Few query rows, as in decoding: 16 are the least that tensor cores multiply, and blocks of 32
 # share a sequence out more evenly than blocks of 64.
-FORWARD_FEW = [Tile(80, 256, 16, 32, 4, 3), Tile(80, 256, 16, 64, 4, 3)]
+FORWARD_FEW = [Tile(90, 256, 16, 32, 4, 3), Tile(90, 256, 16, 64, 4, 2),
+               Tile(89, 256, 16, 32, 2, 3),
+               Tile(80, 256, 16, 32, 4, 3), Tile(80, 256, 16, 64, 4, 2)]
 SMALL = Tile(80, 256, 16, 32, 4, 1)  # fits everywhere; and float32 has no tensor cores to feed
 FEW = 16                             # packed query rows up to which a call counts as "few"
 
@@ -382,6 +384,11 @@ def sizes(D: int, GROUP: int, tile: Tile) -> dict:
                 num_warps=tile.warps, num_stages=tile.stages)
 
 
+def splits_for(tile: Tile, q: Tensor, programs: int, max_lengths: list[int]) -> int:
+    blocks = sum(triton.cdiv(length, tile.BLOCK_N) for length in max_lengths[1:])
+    return choose_splits(programs, blocks, program_places(tile, forward_rows, q))
+
+
 def launch_forward(q, keys, tables, max_lengths, scale, tile=None, splits=None):
     """The op `attend` on a device. keys: k_visual, v_visual, k_text, v_text; tile and splits
     override the choice."""
@@ -391,8 +398,7 @@ def launch_forward(q, keys, tables, max_lengths, scale, tile=None, splits=None):
         return torch.zeros_like(q), q.new_full((N, H), -math.inf, dtype=torch.float32)
     tile = tile or fitting_tiles(FORWARD_FEW if packed <= FEW else FORWARD, forward_rows, q)[0]
     tiles = triton.cdiv(packed, tile.BLOCK_M)
-    blocks = sum(triton.cdiv(length, tile.BLOCK_N) for length in max_lengths[1:])
-    splits = splits or choose_splits(tiles * G * B, blocks, program_places(tile, forward_rows, q))
+    splits = splits or splits_for(tile, q, tiles * G * B, max_lengths)
 
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
         (N, H), dtype=torch.float32)

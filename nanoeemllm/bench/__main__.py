@@ -35,7 +35,7 @@ LENGTHS = (2, 8, 32, 64, 256)                     # tokens of an answer
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
-    elsewhere = {"flops": "flops", "train": "bench_train", "kernel": "bench_kernel"}
+    elsewhere = {"flops": "flops", "train": "bench_train", "kernel": "bench.kernel", "experiments": "bench.experiments"}
     if argv[:1] and argv[0] in elsewhere:
         importlib.import_module(f"nanoeemllm.{elsewhere[argv[0]]}").main(argv[1:])
         return
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__, "python -m nanoeemllm.bench")
-    parser.add_argument("what", choices=("prefill", "decode", "flops", "train", "kernel"))
+    parser.add_argument("what", choices=("prefill", "decode", "flops", "train", "kernel", "experiments"))
     add = parser.add_argument
     add("--preset", choices=[n for n in PRESETS if PRESETS[n].vision], help="(eemllm-7b-980 on a GPU, else eemllm-300m)")
     add("--weights", type=Path, metavar="DIR", help="a model folder instead of a preset")
