@@ -85,20 +85,16 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
         start, waited = time.perf_counter(), 0.0
         for step in range(first, config.steps):
             # data, forward and backward: gradients of the summed loss add up in .grad
-            mine, parts = accumulate(model, one_step(batches), True, operations)
-            mine.stop = len(caught)
-            total = mine.over(group)
+            metrics, bad, odd = accumulate(model, one_step(batches), True, operations)
+            metrics.stop = len(caught)
+            total = metrics.over(group)
             if total.bad:
-                bad = group.gather(sum((bad for _, bad, _ in parts), []))
-                run.log_bad(step + 1, bad, config, max_bad)
+                run.log_bad(step + 1, group.gather(bad), config, max_bad)
 
             # step
-            norm = math.nan
-            if math.isfinite(total.loss):
-                norm = scale_gradients(params.values(), total.targets, group, config.clip)
-            if not math.isfinite(norm):
-                odd = [keys for keys, _, loss in parts if not math.isfinite(loss)]
-                keys = ", ".join(group.gather(sum(odd, []))[:8]) or "unknown"
+            norm = scale_gradients(params.values(), total.targets, group, config.clip)
+            if not math.isfinite(total.loss + norm):
+                keys = ", ".join(group.gather(odd)[:8]) or "unknown"
                 raise UserError(
                     f"the loss is {total.mean_loss} and the norm of its gradient {norm} at step "
                     f"{step + 1}, samples {keys}: the last checkpoint stands; lower the learning "
@@ -142,23 +138,28 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
 
 
 def accumulate(model: EEMLLM, micro_batches: Iterable[Packed], backward: bool,
-               operations: Operations | None = None) -> tuple[StepMetrics, list[tuple]]:
+               operations: Operations | None = None) -> tuple[StepMetrics, list, list[str]]:
     """Runs the micro-batches; with `backward` adds the gradient of each one's summed loss to .grad.
-    Returns their sums, and of every micro-batch (keys, bad samples, loss): batches are let go."""
-    metrics, losses, samples = StepMetrics(), [], []
+    Returns their sums, the bad samples (id, reason), and the ids of samples in micro-batches whose
+    loss is not finite."""
+    metrics, losses, keys, bad, odd = StepMetrics(), [], [], [], []
     for packed in micro_batches:
         with out_of_memory(packed):
             loss = model(packed.batch.to(model.device))
             if backward:
                 loss.backward()
         losses.append(loss.detach())
-        samples.append((packed.keys, packed.bad))
+        keys.append(packed.keys)
+        bad += packed.bad
         metrics.add(packed)
         if operations:
             metrics.operations += operations(packed.batch)
     losses = torch.stack(losses).tolist()    # the host waits for the device here, once a step
     metrics.loss = sum(losses)
-    return metrics, [(keys, bad, loss) for (keys, bad), loss in zip(samples, losses)]
+    for loss, samples in zip(losses, keys):
+        if not math.isfinite(loss):
+            odd += samples
+    return metrics, bad, odd
 
 
 @torch.no_grad()
@@ -167,7 +168,8 @@ def measure(model: EEMLLM, held_out: Callable, group: ProcessGroup) -> dict[str,
     with held_out() as loader:
         bar = tqdm(loader, "held-out", unit=" micro-batches", leave=False,
                    disable=None if group.is_first else True)
-        total = accumulate(model, bar, backward=False)[0].over(group)
+        metrics, _, _ = accumulate(model, bar, backward=False)
+    total = metrics.over(group)
     reshard(model)
     line = {"held_out_loss": total.mean_loss} if total.targets else {}
     return line | ({"held_out_bad": int(total.bad)} if total.bad else {})

@@ -36,7 +36,7 @@ def test_gradients_equal_an_unpacked_loop_in_float64(stage, path, settings):
     """A sample at a time, its loss written out over all of its logits."""
     packed = list(Loader(tiny_plan(budget=3), encode, 0, 1))
     model = tiny_model(path, stage, **settings).double()
-    seen, _ = accumulate(model, packed, backward=True)
+    seen, *_ = accumulate(model, packed, backward=True)
     found = {name: grad / seen.targets for name, grad in gradients(model).items()}
 
     slow = tiny_model(path, stage, **settings).double()
@@ -365,8 +365,8 @@ def test_a_micro_batch_of_broken_samples_counts_for_nothing():
     packed = list(Loader(plan, encode, 0, 1))
     assert sum(not p.keys for p in packed) == 3
     model, other = tiny_model(), tiny_model()
-    seen, _ = accumulate(model, packed, backward=True)
-    expected, _ = accumulate(other, [p for p in packed if p.keys], backward=True)
+    seen, *_ = accumulate(model, packed, backward=True)
+    expected, *_ = accumulate(other, [p for p in packed if p.keys], backward=True)
     assert seen.bad == 3 and (seen.loss, seen.targets) == (expected.loss, expected.targets)
     found, whole = gradients(model), gradients(other)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
@@ -376,7 +376,7 @@ def test_a_micro_batch_of_broken_samples_counts_for_nothing():
 def test_a_step_without_anything_to_learn_is_a_step_of_zero(stage):
     nothing = Packed(0, True, collate([Sample([0], [False], [], "")]), [], [("x", "broken")], 0)
     model = tiny_model(stage=stage)
-    seen, _ = accumulate(model, [nothing], backward=True)
+    seen, *_ = accumulate(model, [nothing], backward=True)
     assert seen.mean_loss == 0 and all((grad == 0).all() for grad in gradients(model).values())
     assert gradients(model).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
 

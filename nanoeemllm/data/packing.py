@@ -257,27 +257,22 @@ def assign_to_ranks(costs: np.ndarray, world: int, budget: float | None) -> list
     if len(costs) < world:
         raise UserError(f"a batch of {len(costs)} samples cannot be dealt to {world} processes: "
                         "give a larger --batch-size")
-    work = np.zeros(world)
-    rows = []                                                # of positions, by rank
-    for start in range(0, len(costs), world):
-        row = [[] for _ in range(world)]
-        positions = range(start, min(start + world, len(costs)))
-        for position, rank in zip(positions, work.argsort(kind="stable")):
-            row[rank] = [position]
-            work[rank] += costs[position]
-        rows.append(row)
-    heaviest = costs[::world]                                # of each row
-
-    budget = budget or math.inf
+    budget, heaviest = budget or math.inf, costs[::world]    # of each row
     most = len(costs) // world                               # the last row may lack some ranks
     for count in range(min(most, max(1, math.ceil(heaviest.sum() / budget))), most + 1):
-        filled = np.zeros(count)
-        micro_batches = [[[] for _ in range(world)] for _ in range(count)]
-        for row, weight in zip(rows, heaviest):
-            lightest = filled.argmin()
-            filled[lightest] += weight
-            for rank in range(world):
-                micro_batches[lightest][rank] += row[rank]
+        filled, chosen = np.zeros(count), []                 # chosen: a micro-batch for each row
+        for weight in heaviest:
+            chosen.append(filled.argmin())
+            filled[chosen[-1]] += weight
         if filled.max() <= budget:
             break
+
+    work, micro_batches = np.zeros(world), []
+    for _ in range(count):
+        micro_batches.append([[] for _ in range(world)])
+    for row, micro_batch in enumerate(chosen):
+        positions = range(row * world, min((row + 1) * world, len(costs)))
+        for position, rank in zip(positions, work.argsort(kind="stable")):
+            micro_batches[micro_batch][rank].append(position)
+            work[rank] += costs[position]
     return micro_batches

@@ -77,8 +77,7 @@ def make_optimizer(params: dict[str, nn.Parameter], config: TrainConfig) -> torc
     vectors = [p for p in params.values() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate,
-                                  betas=config.betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     for p in params.values():
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

@@ -19,7 +19,7 @@ from nanoeemllm.weights.tokenizer import Tokenizer
 
 
 class StageData:
-    """--data and --val-data, or the tiny world's samples, drawn when needed: no picture comes twice.
+    """--data and --val-data, or the tiny world, drawn when it is needed: no picture comes twice.
 
     config: the stage's TrainConfig. plan, held_out: which samples, when (held_out may be None).
     settings: for run.json. Raises UserError where data, tokenizer, model and processes do not fit
@@ -53,8 +53,7 @@ class StageData:
             kind = "caption" if stage == "pretrain" else "conversation"
             epoch = min(self.config.steps * self.config.batch_size, 2 ** 20)
             data = Mixture([ToyDataset(world, "train", kind, epoch)], endless=True)
-            held_out = ToyDataset(world, "held-out", kind, 8 * self.config.batch_size)
-            held_out = Mixture([held_out])
+            held_out = Mixture([ToyDataset(world, "held-out", kind, 8 * self.config.batch_size)])
             self.settings = {"world": dataclasses.asdict(world), "by_cost": budget is not None}
 
         batch_size = self.config.batch_size
