@@ -63,14 +63,6 @@ class ConversationFile:
         return entry | {"id": str(entry.get("id", f"{self.path.name}:{number}")),
                         "image": [str(self.images / name) for name in image_names(entry)]}
 
-    def describe_problems(self, shown: int = 10) -> list[str]:
-        """Lines for the user: how many conversations are unusable, and the first of them."""
-        count, total = len(self.problems), len(self) + len(self.problems)
-        lines = [f"{quoted(self.path)}: {count:,} of {total:,} conversations cannot be used and "
-                 "are left out:"]
-        lines += [f"  {where}: {reason}" for where, reason in self.problems[:shown]]
-        return lines + [f"  ... and {count - shown:,} more"] * (count > shown)
-
 
 def _entries(file) -> Iterator[tuple[int, int, str, object]]:
     """(first byte, last byte, line or id, the object, or the error that it is not JSON)"""

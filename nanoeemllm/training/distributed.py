@@ -65,18 +65,16 @@ class ProcessGroup:
 
     def on_first(self, function: Callable):
         """Calls function() on the first process only; all get its result, or its UserError."""
-        if self.size == 1:
-            return function()
-        answer = [None, None]
+        answers = []
         if self.is_first:
             try:
-                answer[0] = function()
+                answers.append((function(), None))
             except UserError as error:
-                answer[1] = str(error)
-        dist.broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise UserError(answer[1])
-        return answer[0]
+                answers.append((None, str(error)))
+        (result, error), = self.gather(answers)
+        if error is not None:
+            raise UserError(error)
+        return result
 
 
 @contextlib.contextmanager

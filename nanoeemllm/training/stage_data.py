@@ -108,12 +108,17 @@ class StageData:
 
 
 def open_files(names: list[str], args: argparse.Namespace, group: ProcessGroup) -> Mixture:
-    """Tells what is wrong with the files before the first step."""
+    """Tells what is wrong with the files before the first step: how much, and the first of it."""
     mixture = open_mixture(names, args.images, group.is_first)
     for source in mixture.sources:
-        if group.is_first and source.problems:
-            print(*source.describe_problems(), sep="\n", file=sys.stderr)
-        if len(source.problems) > args.max_bad * (len(source) + len(source.problems)):
+        count, total = len(source.problems), len(source) + len(source.problems)
+        if count and group.is_first:
+            lines = [f"  {where}: {reason}" for where, reason in source.problems[:10]]
+            print(f"{quoted(source.path)}: {count:,} of {total:,} conversations cannot be used and "
+                  "are left out:", *lines, sep="\n", file=sys.stderr)
+            if count > 10:
+                print(f"  ... and {count - 10:,} more", file=sys.stderr)
+        if count > args.max_bad * total:
             raise UserError(f"{quoted(source.path)}: more than {args.max_bad:.2%} cannot be used: "
                             "mend them, or allow more with --max-bad")
     return mixture
