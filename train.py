@@ -255,7 +255,7 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: P
 
 
 def main(args: argparse.Namespace):
-    world = WorldConfig(args.picture_size, args.max_things, args.hardness, args.seed)
+    world = WorldConfig(args.picture_size, args.max_things, args.seed)
     stages = ("backbone", "pretrain", "finetune") if args.stage == "all" else (args.stage,)
     look = args.dry_run or args.show_batch
     with init_distributed(args.device) as group:

@@ -204,19 +204,31 @@ def merge(blocks: list[Block], new: Block) -> bool:
 
 def attention_sdpa(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
     """Sample by sample, and block by block of its queries, each with the keys that it can see."""
-    out, end, in_order = [q[:0]], 0, True
-    for b in sees.blocks:
-        parts = [(k[rows].unflatten(0, (b.count, -1)), v[rows].unflatten(0, (b.count, -1)))
-                 for k, v, rows in ((keys.k_visual, keys.v_visual, b.visual),
-                                    (keys.k_text, keys.v_text, b.text)) if rows.stop > rows.start]
-        rows = softmax_attention(q[b.rows].unflatten(0, (b.count, -1)), parts, b.mask, b.is_causal)
-        rows = rows if b.blind is None else rows.masked_fill(b.blind, 0)
-        out.append(rows.flatten(0, 1))
-        in_order, end = in_order and b.rows.start == end, b.rows.stop
-    if in_order and end == len(q):
+    blocks, out = sees.blocks, [q[:0]]
+    k_visual, v_visual = (pieces(x, [b.visual for b in blocks]) for x in keys[:2])
+    k_text, v_text = (pieces(x, [b.text for b in blocks]) for x in keys[2:])
+    for i, (b, rows) in enumerate(zip(blocks, pieces(q, [b.rows for b in blocks]))):
+        parts = [(k.unflatten(0, (b.count, -1)), v.unflatten(0, (b.count, -1)))
+                 for k, v in ((k_visual[i], v_visual[i]), (k_text[i], v_text[i])) if len(k)]
+        rows = softmax_attention(rows.unflatten(0, (b.count, -1)), parts, b.mask, b.is_causal)
+        out.append((rows if b.blind is None else rows.masked_fill(b.blind, 0)).flatten(0, 1))
+    if is_partition([b.rows for b in blocks], len(q)):
         return torch.cat(out)
-    rows = [torch.arange(0), *(torch.arange(b.rows.start, b.rows.stop) for b in sees.blocks)]
+    rows = [torch.arange(0), *(torch.arange(b.rows.start, b.rows.stop) for b in blocks)]
     return torch.zeros_like(q).index_copy(0, torch.cat(rows).to(q.device), torch.cat(out))
+
+
+def is_partition(slices: list[slice], rows: int) -> bool:
+    """Whether the slices follow one another from the first row to the last."""
+    ends = [0, *(s.stop for s in slices)]
+    return ends[-1] == rows and all(s.start == end for s, end in zip(slices, ends))
+
+
+def pieces(x: Tensor, slices: list[slice]) -> list[Tensor]:
+    """The slices of x; by one split where that can be, whose gradient is one concatenation."""
+    if is_partition(slices, len(x)):
+        return x.split([s.stop - s.start for s in slices]) if slices else []
+    return [x[s] for s in slices]
 
 
 def softmax_attention(q: Tensor, parts: list, mask: Tensor | None, is_causal: bool) -> Tensor:

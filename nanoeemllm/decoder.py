@@ -76,33 +76,40 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        T = ctx.T
         h = self.input_layernorm(x)
         k, v = self.self_attn.keys_values(h, ctx.rope)      # of all rows, in one product: (., G, D)
         keys = ctx.keys(self.index, k, v)
-        heads = attention(self.self_attn.queries(h[:T], ctx.rope_text), keys, ctx.sees)  # (T, H, D)
-        if self.is_last:
-            x = x[:T]                # nothing reads visual rows after this layer's keys and values
-        elif len(x) > T:
-            heads = torch.cat([heads, self.visual_attention(h[T:], v[T:], keys, ctx)])
+        if self.is_last:          # nothing reads visual rows after this layer's keys and values
+            x, h, v = x[:ctx.T], h[:ctx.T], v[:ctx.T]
+        heads = self.attend(h, v, keys, ctx)                # (T + V, H, D)
         x = x + self.self_attn.o_proj(heads.flatten(1))
-        return self.feed_forward(x, ctx)
+        return self.feed_forward(x)
 
-    def visual_attention(self, h: Tensor, v: Tensor, keys: Keys, ctx: Context) -> Tensor:
-        """What visual rows attend to: normalised rows h (V, C) and their values v (V, G, D) ->
-        (V, H, D). Each attends to itself alone, in every query head of a group."""
-        return v.repeat_interleave(self.self_attn.group, dim=1)
+    def attend(self, h: Tensor, v: Tensor, keys: Keys, ctx: Context) -> Tensor:
+        """Text rows attend to all keys that they see. A visual row attends to itself alone, which
+        gives its value, in every query head of a group."""
+        q = self.self_attn.queries(h[:ctx.T], ctx.rope_text)
+        heads = attention(q, keys, ctx.sees)
+        if len(h) == ctx.T:
+            return heads
+        return torch.cat([heads, v[ctx.T:].repeat_interleave(self.self_attn.group, dim=1)])
 
-    def feed_forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlavaLayer(DecoderLayer):
-    """LLaVA's: visual rows are queries like any other."""
+    """LLaVA's: visual rows are queries like any other, so that all rows of a sample, merged in the
+    order of their positions, attend causally."""
 
-    def visual_attention(self, h: Tensor, v: Tensor, keys: Keys, ctx: Context) -> Tensor:
-        q = self.self_attn.queries(h, ctx.rope_visual)
-        return attention(q, keys, ctx.layout.visual_queries)
+    def attend(self, h: Tensor, v: Tensor, keys: Keys, ctx: Context) -> Tensor:
+        if len(h) == ctx.T:
+            return super().attend(h, v, keys, ctx)
+        order, place, sees = ctx.layout.merged
+        q = self.self_attn.queries(h, ctx.rope).index_select(0, order)
+        k = torch.cat([keys.k_text, keys.k_visual]).index_select(0, order)
+        v = torch.cat([keys.v_text, keys.v_visual]).index_select(0, order)
+        return attention(q, Keys(k[:0], v[:0], k, v), sees).index_select(0, place)
 
 
 class Decoder(nn.Module):

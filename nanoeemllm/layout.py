@@ -63,10 +63,18 @@ class Layout:
                           self.sees_text[:T])
 
     @cached_property
-    def visual_queries(self) -> Visibility:
-        T = self.num_text
-        return Visibility(self.visual, self.visual, self.text, self.sees_visual[T:],
-                          self.sees_text[T:])
+    def merged(self) -> tuple[Tensor, Tensor, Visibility]:
+        """All rows of a sample in the order of their positions: which row stands at each place,
+        where each row stands, and who sees whom, causally."""
+        samples = torch.arange(self.num_samples, device=self.position.device)
+        sample = torch.cat([samples.repeat_interleave(span.length.long()) for span in (self.text, self.visual)])
+        length = self.text.length + self.visual.length
+        span = Span((length.cumsum(0) - length).int(), length,
+                    self.text.max_length + self.visual.max_length)
+        place = span.start[sample] + self.position.long()
+        sees = torch.empty_like(self.position).index_copy(0, place, self.position + 1)
+        return place.argsort(), place, Visibility(span, empty_span(span), span,
+                                                  torch.zeros_like(sees), sees)
 
     @cached_property
     def last_image_queries(self) -> Visibility:

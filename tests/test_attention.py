@@ -29,7 +29,9 @@ def test_equals_the_rule(seed, visual, block, monkeypatch):
     tensors, layout = inputs(seed)
     sees = layout.text_queries
     if visual:
-        sees = layout.visual_queries
+        T = layout.num_text
+        sees = Visibility(layout.visual, layout.visual, layout.text, layout.sees_visual[T:],
+                          layout.sees_text[T:])
         tensors[0] = seeded(layout.num_visual, 4, 8, seed=seed).requires_grad_()
     weight = seeded(*tensors[0].shape, seed=seed + 100)
     results = []

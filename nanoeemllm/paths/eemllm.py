@@ -30,7 +30,7 @@ class AblatedLayer(DecoderLayer):
         k, v = a.keys_values(h, ctx.rope)
         keys = ctx.keys(self.index, k, v)
         heads = attention(a.queries(h[:T], ctx.rope_text), keys, ctx.sees)
-        text = self.feed_forward(x[:T] + a.o_proj(heads.flatten(1)), ctx)
+        text = self.feed_forward(x[:T] + a.o_proj(heads.flatten(1)))
         if self.is_last or len(x) == T:
             return text
         return torch.cat([text, self.align(x[T:], h[T:], v[T:])])
@@ -43,7 +43,7 @@ class AblatedLayer(DecoderLayer):
             h = self.self_attn.o_proj(h)
         if "v" in self.aligner or "o" in self.aligner:
             x = x + h
-        return self.feed_forward(x, None) if "f" in self.aligner else x
+        return self.feed_forward(x) if "f" in self.aligner else x
 
 
 @register

@@ -69,7 +69,7 @@ class FlamingoLayer(DecoderLayer):
         k, v = ctx.text_keys(self.index, *self.self_attn.keys_values(h, ctx.rope_text))
         q = self.self_attn.queries(h, ctx.rope_text)
         heads = attention(q, Keys(k[:0], v[:0], k, v), ctx.sees.text_alone)
-        return self.feed_forward(x + self.self_attn.o_proj(heads.flatten(1)), ctx)
+        return self.feed_forward(x + self.self_attn.o_proj(heads.flatten(1)))
 
 
 @register

@@ -51,7 +51,7 @@ class YOPOLayer(DecoderLayer):
         keys = Keys(k_visual, v_visual, k_text, v_text)
 
         heads = self.text_attention(a.queries(h_text, ctx.rope_text), keys, ctx)
-        text = self.feed_forward(text + a.o_proj(heads.flatten(1)), ctx)
+        text = self.feed_forward(text + a.o_proj(heads.flatten(1)))
         if self.index >= self.cut - 1 or not len(visual):
             return torch.cat([text, visual[:0]])
         return torch.cat([text, self.visual_rows(visual, h_visual, keys, ctx)])

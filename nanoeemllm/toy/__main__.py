@@ -4,7 +4,6 @@
     python -m nanoeemllm.toy --export-tsv FILE -n 500    a benchmark file with VLMEvalKit's columns
 """
 
-import dataclasses
 from pathlib import Path
 
 from nanoeemllm.border.command import Parser, positive, run_command
@@ -14,25 +13,26 @@ from nanoeemllm.toy.world import SPLITS, WorldConfig, export_llava, export_tsv
 
 def main():
     parser = Parser(__doc__, "python -m nanoeemllm.toy")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--export", type=Path, metavar="DIR")
-    where.add_argument("--export-tsv", type=Path, metavar="FILE")
-    parser.add_argument("-n", type=positive(int), default=2000, help="pictures, or lines (2000)")
-    parser.add_argument("--split", choices=SPLITS, help="train for --export, else held-out")
-    knobs = dataclasses.fields(WorldConfig)
-    for knob in knobs:
-        parser.add_argument("--" + knob.name.replace("_", "-"), default=knob.default,
-                            type=positive(int, or_zero=True), help=f"({knob.default})")
+    add = parser.add_argument
+    add("--export", type=Path, metavar="DIR")
+    add("--export-tsv", type=Path, metavar="FILE")
+    add("-n", type=positive(int), default=2000, help="pictures, or lines (2000)")
+    add("--split", choices=SPLITS, help="train for --export, else held-out")
+    add("--picture-size", type=int, default=48, help="pixels a side (48)")
+    add("--max-things", type=int, default=3, help="most things in a picture (3)")
+    add("--seed", type=positive(int, or_zero=True), default=0, help="(0)")
     args = parser.parse_args()
-    world = WorldConfig(*(getattr(args, knob.name) for knob in knobs))
+    if not args.export and not args.export_tsv:
+        parser.error("give --export DIR, --export-tsv FILE, or both")
+    world = WorldConfig(args.picture_size, args.max_things, args.seed)
     try:
         if args.export:
             export_llava(world, args.export, args.n, args.split or "train")
-        else:
+        if args.export_tsv:
             export_tsv(world, args.export_tsv, args.n, args.split or "held-out")
     except OSError as error:
         raise UserError(error) from None
-    print(f"wrote {args.export or args.export_tsv}")
+    print("wrote", *filter(None, (args.export, args.export_tsv)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
     likeliest word   the answer that is most often right for that kind of question
 """
 
-from collections import Counter, defaultdict
+import statistics
+from collections import defaultdict
 
 from nanoeemllm.evaluation import GROUPS, evaluate_rows, summarize, table
 from nanoeemllm.model import EEMLLM
@@ -14,12 +15,12 @@ from nanoeemllm.prompt import encode_prompt
 from nanoeemllm.toy.world import WorldConfig, exam
 
 
-def score(model: EEMLLM, world: WorldConfig, questions: int = 700) -> dict[str, dict]:
+def score(model: EEMLLM, world: WorldConfig) -> dict[str, dict]:
     """Exact match in percent: for each column of the table, what metrics.summarize makes of it."""
     model.eval()
-    held_out, never_seen = (exam(world, split, questions) for split in ("held-out", "never-seen"))
+    held_out = exam(world, "held-out", 700)
     return {"held-out": evaluate_rows(model, held_out),
-            "never-seen": evaluate_rows(model, never_seen),
+            "never-seen": evaluate_rows(model, exam(world, "never-seen", 700)),
             "other picture": evaluate_rows(model, shuffled(held_out)),
             "likeliest word": majority(held_out)}
 
@@ -33,35 +34,33 @@ def shuffled(rows: list[dict]) -> list[dict]:
 
 def majority(rows: list[dict]) -> dict:
     """Scores of always giving the answer that is most often right in the row's category."""
-    answers = defaultdict(Counter)
+    answers = defaultdict(list)
     for row in rows:
-        answers[row["category"]][row["answer"]] += 1
-    scored = []
-    for row in rows:
-        likeliest = answers[row["category"]].most_common(1)[0][0]
-        scored.append(row | {"score": float(row["answer"] == likeliest)})
+        answers[row["category"]].append(row["answer"])
+    likeliest = {kind: statistics.mode(found) for kind, found in answers.items()}
+    scored = [row | {"score": row["answer"] == likeliest[row["category"]]} for row in rows]
     return summarize("exact", scored)
 
 
 def compare(results: dict[str, dict]) -> str:
-    """Several results over the same kinds of rows, side by side: the first number of each."""
+    """Several results over the same kinds of rows, side by side."""
     lines = defaultdict(dict)
     for name, result in results.items():
         groups = {"overall": result["overall"]}
         for column in GROUPS:
             groups |= result.get(column, {})
         for label, numbers in groups.items():
-            lines[label][name] = next(iter(numbers.values()))
+            lines[label][name] = numbers["accuracy"]
     return table(lines)
 
 
-def show(model: EEMLLM, world: WorldConfig, results: dict[str, dict], answers: int = 7):
+def show(model: EEMLLM, world: WorldConfig, results: dict[str, dict]):
     """Prints the table and the model's answers to the first held-out questions."""
     print(f"\nexact match in percent, over {results['held-out']['rows']} questions\n")
     print(compare(results) + "\n")
-    template = model.config.chat_template
-    for row in exam(world, "held-out", answers):
-        ids = encode_prompt(model.tokenizer, "<image>\n" + row["question"], template)
-        answer = model.tokenizer.decode(model.generate_batch([ids], [[row["image"]]])[0])
+    for row in exam(world, "held-out", 7):
+        ids = encode_prompt(model.tokenizer, "<image>\n" + row["question"],
+                            model.config.chat_template)
+        answer = model.tokenizer.decode(model.generate(ids, [row["image"]]))
         right = "" if answer == row["answer"] else f"      (it is: {row['answer']})"
         print(f"  {row['question']:44} {answer}{right}")

@@ -12,6 +12,7 @@ Stop it when you like: the same command goes on. --draw prints what there is and
 import contextlib
 import fcntl
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -31,39 +32,15 @@ from nanoeemllm.border.command import Parser, positive, run_command
 from nanoeemllm.border.files import read_json, write_aside
 from nanoeemllm.border.plot import line_chart
 from nanoeemllm.config import PRESETS, UserError
+from nanoeemllm.data import cost
 from nanoeemllm.evaluation import evaluate_rows
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import encode_prompt
 from nanoeemllm.toy.backbones import make_backbones, tiny_config, tiny_tokenizer
 from nanoeemllm.toy.world import WorldConfig, exam
-from nanoeemllm.data import cost
-from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.weights.folder import load
+from nanoeemllm.weights.initialize import initialize
 
-# A table's rows -> what follows --visual-path; then, where it is another one, the visual path that
-# reads the trained weights when they are scored.
-PATHS = {
-    "llava": ("llava",),
-    "eemllm": ("eemllm",),
-    "naavit": ("naavit",),
-    "saisa": ("saisa",),
-    "yopo": ("yopo --last-visual-layer 2",),
-    "flamingo": ("flamingo --every 1",),
-    "eemllm-f": ("llava", "eemllm-f --composite-layers 1,2"),
-}
-ALIGNERS = {
-    "none": "eemllm --aligner=",
-    "V O": "eemllm --aligner=vo",
-    "V FFN": "eemllm --aligner=vf",
-    "O FFN": "eemllm --aligner=of",
-    "V O FFN": "eemllm",
-}
-COMPOSITE = {
-    "0 of 3 layers": ("llava",),
-    "1 of 3 layers": ("llava", "eemllm-f --composite-layers 2"),
-    "2 of 3 layers": ("llava", "eemllm-f --composite-layers 1,2"),
-    "3 of 3 layers": ("llava", "eemllm-f --composite-layers 0,1,2"),
-}
 STEPS = {"pretrain": 300, "finetune": 800}
 BATCH, QUESTIONS = 16, 700
 SETTINGS = {"steps": [*STEPS.values()], "batch_size": BATCH, "questions": QUESTIONS}
@@ -73,75 +50,91 @@ SCRIPT = ASSETS.parents[1] / "train.py"
 
 class Run(NamedTuple):
     """A model that is trained, and how it is scored."""
-    path: str
-    scored_path: str = ""           # "": as trained
+    path: str                       # what follows --visual-path
+    scored_path: str = ""           # another one that reads the trained weights; "": as trained
     size: int = 64                  # pixels a side
     scored_size: int = 0            # 0: as trained
     share: float = 1.0              # of the training steps; no pair is seen twice
     seed: int = 0
 
     @property
-    def folder(self) -> str:
-        path = self.path.replace("--", "").replace(" ", "_")
-        share = f"_{self.share:g}" if self.share != 1 else ""
-        return f"{path}_{self.size}px_seed{self.seed}{share}"
-
-    @property
     def name(self) -> str:
-        """In the results file."""
-        path = self.scored_path.replace("--composite-layers ", "").replace(",", "-")
-        size = f" at {self.scored_size}px" if self.scored_size else ""
-        return self.folder + (f" as {path}" if path else "") + size
+        """In the results file. The first word names the folder of the trained model."""
+        path = self.path.replace("--", "").replace(" ", "_")
+        name = f"{path}_{self.size}px_seed{self.seed}"
+        if self.share != 1:
+            name += f"_{self.share:g}"
+        if self.scored_path:
+            name += " as " + self.scored_path.replace("--composite-layers ", "").replace(",", "-")
+        return name + (f" at {self.scored_size}px" if self.scored_size else "")
 
 
-def _tables() -> dict[str, dict[tuple[str, str], Run]]:
-    """table -> (row, column) -> the run, of seed 0, that gives its accuracy"""
-    systems, aligner, composite, data = {}, {}, {}, {}
-    for size, column in ((64, "64 visual tokens"), (128, "256 visual tokens")):
-        for row, path in PATHS.items():
-            systems[row, column] = Run(*path)._replace(size=size)
-    for row, path in ALIGNERS.items():
-        aligner[row, "64 visual tokens, as trained"] = Run(path)
-        aligner[row, "256, not trained"] = Run(path, scored_size=128)
-    for row, path in COMPOSITE.items():
-        composite[row, "64 visual tokens"] = Run(*path)
-    for share in (0.125, 0.25, 0.5, 1.0):
-        for column in ("eemllm", "flamingo"):
-            data[f"{share:g} of the pairs", column] = Run(*PATHS[column], share=share)
-    return {"paths": systems, "aligner": aligner, "composite": composite, "data": data}
+PATHS = {
+    "llava": {"path": "llava"},
+    "eemllm": {"path": "eemllm"},
+    "naavit": {"path": "naavit"},
+    "saisa": {"path": "saisa"},
+    "yopo": {"path": "yopo --last-visual-layer 2"},
+    "flamingo": {"path": "flamingo --every 1"},
+    "eemllm-f": {"path": "llava", "scored_path": "eemllm-f --composite-layers 1,2"},
+}
+ALIGNERS = {
+    "none": {"path": "eemllm --aligner="},
+    "V O": {"path": "eemllm --aligner=vo"},
+    "V FFN": {"path": "eemllm --aligner=vf"},
+    "O FFN": {"path": "eemllm --aligner=of"},
+    "V O FFN": {"path": "eemllm"},
+}
+COMPOSITE = {
+    "0 of 3 layers": {"path": "llava"},
+    "1 of 3 layers": {"path": "llava", "scored_path": "eemllm-f --composite-layers 2"},
+    "2 of 3 layers": {"path": "llava", "scored_path": "eemllm-f --composite-layers 1,2"},
+    "3 of 3 layers": {"path": "llava", "scored_path": "eemllm-f --composite-layers 0,1,2"},
+}
+SHARES = {f"{share:g} of the pairs": {"share": share} for share in (0.125, 0.25, 0.5, 1.0)}
 
 
-TABLES = _tables()
+def runs_of(rows: dict, columns: dict) -> dict:
+    """(row, column) -> the run, of seed 0, with the settings of both"""
+    places = itertools.product(rows, columns)
+    return {(row, column): Run(**rows[row], **columns[column]) for row, column in places}
+
+
+TABLES = {
+    "paths": runs_of(PATHS, {"64 visual tokens": {}, "256 visual tokens": {"size": 128}}),
+    "aligner": runs_of(ALIGNERS, {"64 visual tokens, as trained": {},
+                                  "256, not trained": {"scored_size": 128}}),
+    "composite": runs_of(COMPOSITE, {"64 visual tokens": {}}),
+    "data": runs_of(SHARES, {"eemllm": PATHS["eemllm"], "flamingo": PATHS["flamingo"]}),
+}
 
 
 # ---- training and scoring ----
 
 def train(run: Run, folder: Path) -> Path:
     """Both stages, by train.py, from backbones of the same image size. Returns the model folder.
-
-    Raises KeyboardInterrupt when it was stopped; the next time it goes on from its checkpoint.
-    """
-    out, model = folder / run.folder, folder / f"backbone-{run.size}"
+    Stopped by Ctrl-C, it goes on from train.py's checkpoint the next time."""
+    out, model = folder / run.name.split()[0], folder / f"backbone-{run.size}"
     with locked(folder):
         make_backbones(model, WorldConfig(run.size))
     with locked(out) as lock:
         for stage, steps in STEPS.items():
-            command = f"--stage {stage} --resume --device cpu --seed {run.seed}"
-            command += f" --picture-size {run.size} --batch-size {BATCH}"
-            command += f" --steps {max(1, round(steps * run.share))} --visual-path {run.path}"
-            command = [sys.executable, SCRIPT, "--init", model, "--out", out, *command.split()]
-            # The child has the lock as well, in case that this process is killed before it.
-            child, stopped = subprocess.Popen(command, pass_fds=[lock]), False
-            while child.poll() is None:
-                try:
-                    child.wait()
-                except KeyboardInterrupt:       # the child gets it, too, and writes a checkpoint
-                    stopped = True
+            flags = (f"--stage {stage} --resume --device cpu --seed {run.seed} "
+                     f"--picture-size {run.size} --batch-size {BATCH} "
+                     f"--steps {max(1, round(steps * run.share))} --visual-path {run.path}")
+            command = [sys.executable, SCRIPT, "--init", model, "--out", out, *flags.split()]
+            # The child has the lock as well, in case that this process ends before it.
+            child = subprocess.Popen(command, pass_fds=[lock])
+            try:
+                child.wait()
+            except KeyboardInterrupt:           # the child gets it, too, and writes a checkpoint
+                child.wait()
+                raise
             model = out / stage
-            if stopped or child.returncode == 0 and not (model / "config.json").exists():
-                raise KeyboardInterrupt
             if child.returncode:
-                raise UserError(f"{run.folder}: train.py ended with exit code {child.returncode}")
+                raise UserError(f"{out}: train.py ended with exit code {child.returncode}")
+            if not (model / "config.json").exists():            # it alone was stopped
+                raise KeyboardInterrupt
     return model
 
 
@@ -160,6 +153,13 @@ def locked(folder: Path):
         os.close(lock)
 
 
+def visual_path_of(run: Run):
+    parser = Parser("")
+    paths.add_flags(parser)
+    flags = f"--visual-path {run.scored_path or run.path}"
+    return paths.from_args(parser.parse_args(flags.split()), PRESETS["tiny"])
+
+
 def score(run: Run, folder: Path) -> float:
     """Exact match on held-out scenes, in percent."""
     model = load(folder, "cpu", visual_path=visual_path_of(run)).eval()
@@ -169,55 +169,46 @@ def score(run: Run, folder: Path) -> float:
     return evaluate_rows(model, rows)["overall"]["accuracy"]
 
 
-def visual_path_of(run: Run):
-    parser = Parser("")
-    paths.add_flags(parser)
-    flags = run.scored_path or run.path
-    args = parser.parse_args(["--visual-path", *flags.split()])
-    return paths.from_args(args, PRESETS["tiny"])
-
-
 def stretch(model: EEMLLM, size: int):
     """Interpolates the position table for larger images, as is usual where none was trained."""
-    table, side = model.vision.position_embedding, model.config.vision.grid_size
-    vision = replace(model.config.vision, image_size=size, min_image_size=size)
-    grid = table.weight.T.unflatten(1, (side, side))[None]                      # (1, C, side, side)
-    grid = F.interpolate(grid, (vision.grid_size, vision.grid_size), mode="bicubic")
-    table.weight = torch.nn.Parameter(grid[0].flatten(1).T.contiguous())
-    model.vision.config, model.config = vision, replace(model.config, vision=vision)
+    table, old = model.vision.position_embedding, model.config.vision
+    new = replace(old, image_size=size, min_image_size=size)
+    grid = table.weight.T.unflatten(1, (old.grid_size, old.grid_size))          # (C, side, side)
+    grid = F.interpolate(grid[None], (new.grid_size, new.grid_size), mode="bicubic")[0]
+    table.weight = torch.nn.Parameter(grid.flatten(1).T.contiguous())
+    model.vision.config = new
+    model.config = replace(model.config, vision=new)
 
 
 # ---- costs ----
 
 def first_question(run: Run):
-    """(config, tokenizer, ids, image) of a prefill under the run's visual path"""
+    """(a model with random weights, ids, image): the prefill that is counted and timed"""
     world = WorldConfig(run.size)
     config = replace(tiny_config(world), visual_path=visual_path_of(run))
-    tokenizer, row = tiny_tokenizer(config), exam(world, "held-out", 1)[0]
-    ids = encode_prompt(tokenizer, "<image>\n" + row["question"], config.chat_template)
-    return config, tokenizer, ids, row["image"]
+    model = EEMLLM(config, tiny_tokenizer(config))
+    initialize(model)
+    row = exam(world, "held-out", 1)[0]
+    ids = encode_prompt(model.tokenizer, "<image>\n" + row["question"], config.chat_template)
+    return model, ids, row["image"]
 
 
 @functools.cache
 def operations(run: Run) -> float:
-    """Of the language model, in a prefill of one question; attention's as the papers count it."""
-    config, _, ids, _ = first_question(run)
-    sample = (len(ids) - 1, [config.vision.grid_size ** 2])   # less the image
-    return cost.operations(config, [sample], rectangles=True)[0]
+    """Of the language model; attention's as the papers count it."""
+    model, ids, _ = first_question(run)
+    sample = (len(ids) - 1, [model.config.vision.grid_size ** 2])   # less the image
+    return cost.operations(model.config, [sample], rectangles=True)[0]
 
 
 @torch.inference_mode()
-def time_prefills(runs: dict[str, Run], turns: int = 50) -> dict[str, float]:
-    """Milliseconds from an image and a question to the first token's logits, with random weights:
-    the median of `turns`. Runs take turns, so that other work on the machine slows all alike."""
-    models, times = {}, {place: [] for place in runs}
-    for place, run in runs.items():
-        config, tokenizer, ids, image = first_question(run)
-        model = EEMLLM(config, tokenizer)
-        initialize(model)
-        models[place] = model, ids, image
+def time_prefills(runs: dict, turns: int = 50) -> dict:
+    """Milliseconds from an image and a question to the first token's logits: the median of `turns`.
+    Runs take turns, so that other work on the machine slows all alike."""
+    questions = {place: first_question(run) for place, run in runs.items()}
+    times = {place: [] for place in runs}
     for _ in range(turns + 2):
-        for place, (model, ids, image) in models.items():
+        for place, (model, ids, image) in questions.items():
             start = time.perf_counter()
             model.logits(ids, [image])
             times[place].append(1000 * (time.perf_counter() - start))
@@ -231,22 +222,19 @@ def read_results(file: Path) -> dict:
     if not file.exists():
         return {"settings": SETTINGS, "runs": {}, "prefill_ms": {}}
     data = read_json(file)
-    if data.get("settings") != SETTINGS:
-        raise UserError(f"{file} holds results of {data.get('settings')}, not {SETTINGS}: "
-                        "give another --results")
     try:
         numbers = [run["accuracy"] for run in data["runs"].values()]
         numbers += data["prefill_ms"].values()
-        good = all(type(x) in (int, float) and 0 <= x < 1e9 for x in numbers)       # NaN is not
+        good = all(type(x) in (int, float) and 0 <= x < 1e9 for x in numbers)
     except (KeyError, TypeError, AttributeError):
         good = False
-    if not good:
-        raise UserError(f"{file}: each of runs must have an accuracy and each of prefill_ms be a "
-                        "time, as numbers: mend it, or give another --results")
+    if not good or data.get("settings") != SETTINGS:
+        raise UserError(f"{file} does not hold accuracies and times, as numbers, of {SETTINGS}: "
+                        "give another --results")
     return data
 
 
-def add_results(file: Path, part: str = "runs", found: dict = {}) -> dict:
+def add_results(file: Path, part: str, found: dict) -> dict:
     """Adds to what other commands may have added meanwhile; returns all there is."""
     with locked(file.parent):
         data = read_results(file)
@@ -255,30 +243,45 @@ def add_results(file: Path, part: str = "runs", found: dict = {}) -> dict:
     return data
 
 
+def run_missing(tables: list, seeds: int, out: Path, file: Path):
+    results = add_results(file, "runs", {})     # a file that cannot be written is told before work
+    for seed, table in itertools.product(range(seeds), tables):
+        for run in TABLES[table].values():
+            run = run._replace(seed=seed)
+            if run.name not in results["runs"]:
+                print(f"\n{run.name}", flush=True)
+                accuracy = score(run, train(run, out))
+                results = add_results(file, "runs", {run.name: {"accuracy": accuracy}})
+    if "paths" in tables:
+        untimed = {", ".join(place): run for place, run in TABLES["paths"].items()}
+        for place in results["prefill_ms"]:
+            untimed.pop(place, None)
+        add_results(file, "prefill_ms", time_prefills(untimed))
+
+
 # ---- tables ----
 
-def accuracies(results: dict, run: Run, seeds: int) -> list[float]:
+def accuracies(results: dict, run: Run, seeds: int) -> list:
     names = [run._replace(seed=seed).name for seed in range(seeds)]
     return [results["runs"][name]["accuracy"] for name in names if name in results["runs"]]
 
 
-def draw(table: str, results: dict, seeds: int) -> list[str]:
+def draw(table: str, results: dict, seeds: int) -> list:
     """Lines of Markdown; accuracy as mean and half the range."""
-    runs = TABLES[table]
-    costs = " | operations : llava | prefill, ms" if table == "paths" else ""
-    columns = dict.fromkeys(column for _, column in runs)
-    header = "| | " + " | ".join(f"{column}: accuracy{costs}" for column in columns) + " |"
-    lines = {row: f"| {row} |" for row, _ in runs}
-    for (row, column), run in runs.items():
+    columns, lines = {}, {}
+    for (row, column), run in TABLES[table].items():
         found = accuracies(results, run, seeds)
-        cell = f" {statistics.mean(found):.1f}" if found else " not run"
+        cells = f"{statistics.mean(found):.1f}" if found else "not run"
         if len(found) > 1:
-            cell += f" ± {(max(found) - min(found)) / 2:.1f}"
-        if costs:
+            cells += f" ± {(max(found) - min(found)) / 2:.1f}"
+        columns[column] = f"{column}: accuracy"
+        if table == "paths":
+            share = operations(run) / operations(TABLES["paths"]["llava", column])
             ms = results["prefill_ms"].get(f"{row}, {column}")
-            cell += f" | {operations(run) / operations(runs['llava', column]):.2f} | "
-            cell += f"{ms:.1f}" if ms else "not run"
-        lines[row] += cell + " |"
+            cells += f" | {share:.2f} | " + (f"{ms:.1f}" if ms else "not run")
+            columns[column] += " | operations : llava | prefill, ms"
+        lines[row] = lines.get(row, f"| {row} |") + f" {cells} |"
+    header = "| | " + " | ".join(columns.values()) + " |"
     return [header, "|---" * (header.count("|") - 1) + "|", *lines.values()]
 
 
@@ -295,7 +298,7 @@ def plot(results: dict, seeds: int, file: Path):
                    x_label="10^6 operations of the language model in a prefill")
 
 
-def main(argv: list[str] | None = None):
+def main(argv: list | None = None):
     parser = Parser(__doc__, "python -m nanoeemllm.toy.tables")
     add = parser.add_argument
     add("table", choices=(*TABLES, "all"))
@@ -304,35 +307,17 @@ def main(argv: list[str] | None = None):
     add("--seeds", type=positive(int), default=3, help="(3)")
     add("--draw", action="store_true", help="print what there is, train nothing")
     args = parser.parse_args(argv)
-    tables = TABLES if args.table == "all" else (args.table,)
+    tables = [*TABLES] if args.table == "all" else [args.table]
+    try:
+        if not args.draw:
+            run_missing(tables, args.seeds, args.out, args.results)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on")
     results = read_results(args.results)
-    if not args.draw:
-        try:
-            run_missing(tables, args)
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on")
-        results = read_results(args.results)
     for table in tables:
         print(f"\n{table}\n", *draw(table, results, args.seeds), sep="\n")
     if "paths" in tables:
         plot(results, args.seeds, args.results.with_suffix(".png"))
-
-
-def run_missing(tables, args):
-    results = add_results(args.results)         # refuses a file that cannot be written before work
-    for seed in range(args.seeds):
-        for run in [run for table in tables for run in TABLES[table].values()]:
-            run = run._replace(seed=seed)
-            if run.name not in results["runs"]:
-                print(f"\n{run.name}", flush=True)
-                found = {run.name: {"accuracy": score(run, train(run, args.out))}}
-                results = add_results(args.results, "runs", found)
-    if "paths" in tables:
-        missing = {}
-        for place, run in TABLES["paths"].items():
-            if ", ".join(place) not in results["prefill_ms"]:
-                missing[", ".join(place)] = run
-        add_results(args.results, "prefill_ms", time_prefills(missing))
 
 
 if __name__ == "__main__":

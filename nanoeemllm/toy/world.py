@@ -16,12 +16,12 @@ Three choices without which so small a model learns slowly or not at all:
 """
 
 import base64
-import csv
 import functools
 import io
 import itertools
 import json
 import random
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,6 @@ class WorldConfig:
     """With 8-pixel patches, sizes 32, 48, 64 and 128 give 16, 36, 64 and 256 visual tokens."""
     picture_size: int = 48
     max_things: int = 3
-    hardness: int = 0               # 1: more jitter, and questions about relations
     seed: int = 0
 
     def __post_init__(self):
@@ -57,8 +56,6 @@ class WorldConfig:
             raise UserError(f"picture size {self.picture_size}: give 24 to 4096 pixels a side")
         if not 1 <= self.max_things <= len(SHAPES):
             raise UserError(f"a picture holds 1 to {len(SHAPES)} things, not {self.max_things}")
-        if self.hardness not in (0, 1):
-            raise UserError(f"hardness {self.hardness} is not known; known: 0, 1")
 
 
 class Thing(NamedTuple):
@@ -74,24 +71,21 @@ Scene = list[Thing]                 # in alphabetical order of shapes
 # ---- scenes ----
 
 def make_scene(world: WorldConfig, split: str, index: int) -> Scene:
-    """Scene `index` of a split."""
-    assert split in SPLITS
     rng = random.Random(f"{world.seed} {split} {index}")
-    reach = 1 + world.hardness
+    never = split == "never-seen"
     while True:                     # until the scene belongs to the split
         number = rng.randint(1, world.max_things)
         shapes = sorted(rng.sample(SHAPES, number))
         places = rng.sample(range(len(PLACES)), number)
         scene = []
         for shape, place in zip(shapes, places):
-            never = split == "never-seen"
             colours = [c for c in COLOURS if (f"{c} {shape}" in NEVER_TRAINED) == never]
             colour = rng.choice(colours)
-            jitter = tuple(rng.randint(-reach, reach) for _ in range(3))
+            jitter = tuple(rng.randint(-1, 1) for _ in range(3))
             scene.append(Thing(shape, colour, place, jitter))
         content = " ".join(f"{t.shape} {t.colour} {t.place}" for t in scene)
         is_held_out = zlib.crc32(content.encode()) % 8 == 0     # whatever the seed and jitter
-        if split == "never-seen" or is_held_out == (split == "held-out"):
+        if never or is_held_out == (split == "held-out"):
             return scene
 
 
@@ -149,21 +143,17 @@ def _sprite(shape: str, size: int) -> Image.Image:
 SENTENCES = {"thing": "the {0} is {1} at {2}.", "place": "at {2} a {1} {0}."}       # word orders
 
 
-def sentence(thing: Thing, order: str) -> str:
-    return SENTENCES[order].format(thing.shape, thing.colour, PLACES[thing.place])
-
-
 def caption(scene: Scene, order: str) -> str:
     """order "thing": alphabetical, "place": as one reads."""
     if order == "place":
         scene = sorted(scene, key=lambda thing: thing.place)
-    return " ".join(sentence(thing, order) for thing in scene)
+    return " ".join(SENTENCES[order].format(t.shape, t.colour, PLACES[t.place]) for t in scene)
 
 
 def description(scene: Scene, rng: random.Random) -> str:
     """The scene in words for text-only samples: things in any order, each worded either way."""
     things = rng.sample(scene, len(scene))
-    return " ".join(sentence(thing, rng.choice(("thing", "place"))) for thing in things)
+    return " ".join(caption([thing], rng.choice(("thing", "place"))) for thing in things)
 
 
 class Question(NamedTuple):
@@ -172,61 +162,55 @@ class Question(NamedTuple):
     answer: str
 
 
-def questions(scene: Scene, hardness: int = 0) -> list[Question]:
-    """Everything that can be asked about a scene."""
-    found = [Question("caption", "describe the picture thing by thing.", caption(scene, "thing")),
-             Question("caption", "describe the picture place by place.", caption(scene, "place")),
-             Question("how-many", "how many things are there?", NUMBERS[len(scene)])]
-    content = {thing.place: f"{thing.colour} {thing.shape}" for thing in scene}
-    for place, name in enumerate(PLACES):
-        answer = content.get(place, "nothing")
-        found.append(Question("what-is-at", f"what is at {name}?", answer))
-    for thing in scene:
-        found.append(Question("colour", f"what colour is the {thing.shape}?", thing.colour))
-        found.append(Question("where", f"where is the {thing.shape}?", PLACES[thing.place]))
-    shapes = [thing.shape for thing in scene]
-    for shape in SHAPES:
-        answer = "yes" if shape in shapes else "no"
-        found.append(Question("is-there", f"is there a {shape}?", answer))
-    for a, b in itertools.permutations(scene if hardness else [], 2):
-        rows, columns = zip(divmod(a.place, 3), divmod(b.place, 3))
-        for relation, (first, second) in (("left of", columns), ("above", rows)):
-            question = f"is the {a.shape} {relation} the {b.shape}?"
-            if first != second:
-                answer = "yes" if first < second else "no"
-                found.append(Question("relation", question, answer))
-    return found
+def questions(scene: Scene) -> list[Question]:
+    """Everything that can be asked about a scene. A seed's choice depends on the kinds' order."""
+    found = [("caption", "describe the picture thing by thing.", caption(scene, "thing")),
+             ("caption", "describe the picture place by place.", caption(scene, "place")),
+             ("how-many", "how many things are there?", NUMBERS[len(scene)])]
+    content = dict.fromkeys(PLACES, "nothing")
+    is_there = dict.fromkeys(SHAPES, "no")
+    look_ups = []
+    for shape, colour, place, _ in scene:
+        content[PLACES[place]] = f"{colour} {shape}"
+        is_there[shape] = "yes"
+        look_ups.append(("colour", f"what colour is the {shape}?", colour))
+        look_ups.append(("where", f"where is the {shape}?", PLACES[place]))
+    found += [("what-is-at", f"what is at {place}?", content[place]) for place in PLACES]
+    found += look_ups
+    found += [("is-there", f"is there a {shape}?", is_there[shape]) for shape in SHAPES]
+    return [Question(*question) for question in found]
 
 
-def _by_kind(scene: Scene, hardness: int) -> dict[str, tuple[list, list]]:
-    """kind -> questions answered by "nothing" or "no", and the others."""
+def by_kind(scene: Scene) -> dict:
+    """kind -> (questions answered by "nothing" or "no", the others)"""
     kinds = {}
-    for q in questions(scene, hardness):
-        empty, full = kinds.setdefault(q.kind, ([], []))
-        (empty if q.answer in ("nothing", "no") else full).append(q)
+    for question in questions(scene):
+        empty, full = kinds.setdefault(question.kind, ([], []))
+        (empty if question.answer in ("nothing", "no") else full).append(question)
     return kinds
 
 
-def ask(scene: Scene, rng: random.Random, hardness: int = 0) -> list[Question]:
+def ask(scene: Scene, rng: random.Random) -> list[Question]:
     """A question of every kind, in random order. "nothing" and "no" are right half of the time at
     most, though they answer most questions that can be asked."""
     chosen = []
-    for groups in _by_kind(scene, hardness).values():
-        chosen.append(rng.choice(rng.choice(list(filter(None, groups)))))
+    for groups in by_kind(scene).values():
+        group = rng.choice([group for group in groups if group])
+        chosen.append(rng.choice(group))
     rng.shuffle(chosen)
     return chosen
 
 
 # at most so many questions of a kind with answers "nothing" or "no", and with others
 LESSON = {"caption": (0, 1), "how-many": (0, 1), "what-is-at": (1, 2), "colour": (0, 2),
-          "where": (0, 2), "is-there": (1, 1), "relation": (2, 2)}
+          "where": (0, 2), "is-there": (1, 1)}
 
 
-def lesson(scene: Scene, rng: random.Random, hardness: int = 0) -> list[Question]:
-    """The questions of a stage 2 conversation. Many short look-ups teach more a second than a long
+def lesson(scene: Scene, rng: random.Random) -> list[Question]:
+    """The questions of a stage 2 conversation. Short look-ups teach more a second than a long
     caption, so every other conversation has none."""
     chosen = []
-    for kind, groups in _by_kind(scene, hardness).items():
+    for kind, groups in by_kind(scene).items():
         if kind == "caption" and rng.random() >= 0.5:
             continue
         for group, most in zip(groups, LESSON[kind]):
@@ -235,17 +219,18 @@ def lesson(scene: Scene, rng: random.Random, hardness: int = 0) -> list[Question
     return chosen
 
 
+@dataclass
 class ToyDataset:
-    """`length` conversations in LLaVA's form, "image" a PIL image.
+    """Conversations in LLaVA's form, "image" a PIL image. kind:
 
-    kind "caption": an image and a caption (stage 1). "conversation": an image and a lesson's
-    questions (stage 2). "text": a description of the scene and a question of every kind, no image
-    (what the tiny Llama learns language from).
+    caption         an image and a caption (stage 1)
+    conversation    an image and a lesson's questions (stage 2)
+    text            a description and a question of every kind (the tiny Llama's first lessons)
     """
-
-    def __init__(self, world: WorldConfig, split: str, kind: str, length: int = 100_000):
-        assert kind in ("caption", "conversation", "text")
-        self.world, self.split, self.kind, self.length = world, split, kind, length
+    world: WorldConfig
+    split: str
+    kind: str
+    length: int = 100_000
 
     def __len__(self) -> int:
         return self.length
@@ -253,23 +238,27 @@ class ToyDataset:
     def __getitem__(self, i: int) -> dict:
         scene = make_scene(self.world, self.split, i)
         rng = random.Random(f"{self.world.seed} {self.split} {i} {self.kind}")
-        item = {"id": f"{self.split}-{i}"}
-        if self.kind == "text":
-            first = description(scene, rng) + "\n"
-            asked = ask(scene, rng, self.world.hardness)
+        first = "<image>\n"
+        if self.kind == "caption":
+            first = "<image>"
+            asked = [Question("caption", "", caption(scene, rng.choice(("thing", "place"))))]
+        elif self.kind == "conversation":
+            asked = lesson(scene, rng)
         else:
+            first = description(scene, rng) + "\n"
+            asked = ask(scene, rng)
+        turns = []
+        for _, question, answer in asked:
+            turns.append({"from": "human", "value": first + question})
+            turns.append({"from": "gpt", "value": answer})
+            first = ""
+        item = {"id": f"{self.split}-{i}"}
+        if self.kind != "text":
             item["image"] = draw(scene, self.world.picture_size)
-            if self.kind == "caption":
-                first = "<image>"
-                asked = [Question("caption", "", caption(scene, rng.choice(("thing", "place"))))]
-            else:
-                first = "<image>\n"
-                asked = lesson(scene, rng, self.world.hardness)
-        turns = item["conversations"] = []
-        for q in asked:
-            turns.append({"from": "human", "value": q.question if turns else first + q.question})
-            turns.append({"from": "gpt", "value": q.answer})
-        return item
+        return item | {"conversations": turns}
+
+
+WORD = r"\n|[\w-]+|[^\w\s]"
 
 
 def make_tokenizer(extra_words: str = "") -> Tokenizer:
@@ -279,15 +268,15 @@ def make_tokenizer(extra_words: str = "") -> Tokenizer:
     text token between an image and its caption has to predict the caption's first word.
     """
     scene = list(map(Thing, SHAPES, COLOURS, range(6), range(6)))
-    texts = [f"{q.question} {q.answer}" for q in questions(scene, hardness=1)]
-    text = " ".join([*texts, *NUMBERS, "nothing no \n", extra_words]).lower()
-    splitter = pre_tokenizers.Split(Regex(r"\n|[\w-]+|[^\w\s]"), "removed", invert=True)
-    words = sorted({word for word, _ in splitter.pre_tokenize_str(text)})
+    texts = [f"{question} {answer}" for _, question, answer in questions(scene)]
+    # "above" and "of" are in no text. Without them the ids, so every seed's model, would change.
+    text = " ".join([*texts, *NUMBERS, *PLACES, "nothing no above of \n", extra_words])
+    words = sorted(set(re.findall(WORD, text.lower())))
     special = ["<unk>", "<s>", "</s>"]
-    vocabulary = {word: i for i, word in enumerate(special + words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    ids = {word: i for i, word in enumerate(special + words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = splitter
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
     tokenizer.decoder = decoders.WordPiece(cleanup=True)        # no space before a full stop
     tokenizer.add_special_tokens(special)
     return tokenizer
@@ -301,12 +290,11 @@ def exam(world: WorldConfig, split: str, n: int) -> list[dict]:
     rows = []
     for index in itertools.count():
         scene = make_scene(world, split, index)
-        image = draw(scene, world.picture_size)
-        number = f"{NUMBERS[len(scene)]} in the picture"
         rng = random.Random(f"{world.seed} {split} {index} exam")
-        for kind, question, answer in ask(scene, rng, world.hardness):
-            rows.append({"image": image, "question": question, "answer": answer, "category": kind,
-                         "l2-category": number, "split": split})
+        about = {"image": draw(scene, world.picture_size), "split": split,
+                 "l2-category": f"{NUMBERS[len(scene)]} in the picture"}
+        for kind, question, answer in ask(scene, rng):
+            rows.append(about | {"question": question, "answer": answer, "category": kind})
         if len(rows) >= n:
             return rows[:n]
 
@@ -315,23 +303,22 @@ def export_llava(world: WorldConfig, folder: Path, n: int, split: str = "train")
     """folder/pretrain.json, folder/finetune.json (LLaVA's lists), and the n images of both."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, kind in (("pretrain", "caption"), ("finetune", "conversation")):
-        dataset, data = ToyDataset(world, split, kind), []
+        dataset, items = ToyDataset(world, split, kind), []
         for i in tqdm(range(n), name, leave=False):
             item = dataset[i]
             file = f"{item['id']}.png"
             item["image"].save(folder / "images" / file)
-            data.append(item | {"image": file})
-        (folder / f"{name}.json").write_text(json.dumps(data, indent=1))
+            items.append(item | {"image": file})
+        (folder / f"{name}.json").write_text(json.dumps(items, indent=1))
 
 
 def export_tsv(world: WorldConfig, file: Path, n: int, split: str = "held-out"):
     """n rows with VLMEvalKit's columns, answers to be met exactly."""
     columns = "index image question answer category l2-category split".split()
-    with open(file, "w", newline="") as out:
-        rows = csv.DictWriter(out, columns, delimiter="\t", lineterminator="\n")
-        rows.writeheader()
-        for index, row in enumerate(exam(world, split, n)):
-            png = io.BytesIO()
-            row["image"].save(png, "PNG")
-            image = base64.b64encode(png.getvalue()).decode()
-            rows.writerow(row | {"index": index, "image": image})
+    lines = ["\t".join(columns)]
+    for index, row in enumerate(exam(world, split, n)):
+        png = io.BytesIO()
+        row["image"].save(png, "PNG")
+        row |= {"index": str(index), "image": base64.b64encode(png.getvalue()).decode()}
+        lines.append("\t".join(row[column] for column in columns))
+    file.write_text("\n".join(lines) + "\n")

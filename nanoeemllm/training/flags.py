@@ -60,8 +60,6 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     world = parser.add_argument_group("the tiny world").add_argument
     world("--picture-size", type=positive(int, most=16384), default=48, help="pixels a side (48)")
     world("--max-things", type=positive(int), default=3, help="most things in a picture (3)")
-    world("--hardness", type=positive(int, or_zero=True), default=0,
-          help="1: more jitter, and questions about relations (0)")
 
     args = parser.parse_args(argv)
     one_stage = args.stage in ("pretrain", "finetune")
