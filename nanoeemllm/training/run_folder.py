@@ -128,7 +128,8 @@ class RunFolder:
         """Returns how many bad samples stay."""
         for file in (self.metrics, self.bad_samples):
             kept = [line for line in _logged(file) if line["step"] <= step]
-            write_aside(file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            if file.exists():
+                write_aside(file, "".join(json.dumps(line) + "\n" for line in kept).encode())
         return len(kept)
 
     # ---- metrics ----
@@ -169,7 +170,7 @@ def _logged(file: Path) -> list[dict]:
     """The lines before one that was cut short."""
     lines = []
     with contextlib.suppress(OSError, ValueError):
-        for line in file.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
+        for line in file.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
                 lines.append(json.loads(line))
     return lines
