@@ -22,32 +22,32 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import torch
 from tqdm import tqdm
 
 from nanoeemllm import UserError, load as load_model
-from nanoeemllm.toy.backbones import make_backbones, tiny_tokenizer
 from nanoeemllm.border.command import run_command
 from nanoeemllm.border.files import finish_replacement, quoted
-from nanoeemllm.data import Loader, Packed
+from nanoeemllm.config import PRESETS
+from nanoeemllm.data import Packed
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.weights.tokenizer import Tokenizer
-from nanoeemllm.toy import WorldConfig
+from nanoeemllm.paths import from_args
+from nanoeemllm.toy import WorldConfig, report
+from nanoeemllm.toy.backbones import make_backbones, tiny_config, tiny_tokenizer
 from nanoeemllm.training.config import (TrainConfig, freeze, learning_rate, make_optimizer,
-                                        trained_parameters, training_state)
+                                        stage_config, trained_parameters, training_state)
 from nanoeemllm.training.distributed import (ProcessGroup, init_distributed, reshard, save_model,
                                              shard_model)
 from nanoeemllm.training.flags import parse_flags
-from nanoeemllm.training.forecast import forecast, seconds_of, show_batch
+from nanoeemllm.training.forecast import forecast, measure_step, show_batch
 from nanoeemllm.training.run_folder import RunFolder
-from nanoeemllm.training.stage_data import (MICRO_BATCH_TOKENS, assumed_size, average_size,
-                                            open_data, stage_config, start_config)
-from nanoeemllm.training.step import (OnOneProcess, Operations, StepMetrics, Stopped, memory_gb,
-                                      out_of_memory, peak_operations, scale_gradients, steps_of,
-                                      stop_signals)
+from nanoeemllm.training.stage_data import StageData
+from nanoeemllm.training.step import (Operations, StepMetrics, Stopped, memory_gb, one_step,
+                                      out_of_memory, peak_operations, scale_gradients, stop_signals)
+from nanoeemllm.weights.folder import read_config
+from nanoeemllm.weights.tokenizer import Tokenizer
 
 
 # ---- the loop ----
@@ -76,29 +76,25 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
         optimizer.state[p]["step"].fill_(first)
     peak = peak_operations(group.device)
     operations = Operations(model.config, config.stage) if peak else None
-    pace = 0.0                           # seconds a step, of training alone
     bar = tqdm(total=config.steps, initial=first, desc=config.stage, mininterval=0.5,
-               bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
-               disable=None if group.is_first else True)
+               disable=None if group.is_first else True, bar_format="{desc}: {percentage:3.0f}%|"
+               "{bar:20}| {n_fmt}/{total_fmt}{postfix}, {remaining} left")
 
     with stop_signals() as caught, load(first) as loader, bar:
+        batches = iter(loader)
         start, waited = time.perf_counter(), 0.0
-        for step, micro_batches in steps_of(loader):
-            # forward and backward: gradients of the summed loss add up in .grad
-            mine, parts = accumulate(model, micro_batches, backward=True, operations=operations)
-            mine.stop = len(caught)
-            total = mine.over(group)
+        for step in range(first, config.steps):
+            # data, forward and backward: gradients of the summed loss add up in .grad
+            metrics, bad, odd = accumulate(model, one_step(batches), True, operations)
+            metrics.stop = len(caught)
+            total = metrics.over(group)
             if total.bad:
-                bad = group.gather(sum((bad for _, bad, _ in parts), []))
-                run.log_bad(step + 1, bad, config, max_bad)
+                run.log_bad(step + 1, group.gather(bad), config, max_bad)
 
             # step
-            norm = math.nan
-            if math.isfinite(total.loss):
-                norm = scale_gradients(params.values(), total.targets, group, config.clip)
-            if not math.isfinite(norm):
-                odd = [keys for keys, _, loss in parts if not math.isfinite(loss)]
-                keys = ", ".join(group.gather(sum(odd, []))[:8]) or "unknown"
+            norm = scale_gradients(params.values(), total.targets, group, config.clip)
+            if not math.isfinite(total.loss + norm):
+                keys = ", ".join(group.gather(odd)[:8]) or "unknown"
                 raise UserError(
                     f"the loss is {total.mean_loss} and the norm of its gradient {norm} at step "
                     f"{step + 1}, samples {keys}: the last checkpoint stands; lower the learning "
@@ -128,8 +124,7 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
             if save and held_out is not None and not total.stop:
                 line |= measure(model, held_out, group)
             run.log(line)
-            pace = 0.9 * pace + 0.1 * seconds if pace else seconds
-            bar.set_postfix_str(_in_short(line, pace * (config.steps - step - 1)), refresh=False)
+            bar.set_postfix_str(_in_short(line), refresh=False)
             bar.update()
             if save:
                 run.save(step + 1, state)
@@ -143,45 +138,44 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
 
 
 def accumulate(model: EEMLLM, micro_batches: Iterable[Packed], backward: bool,
-               operations: Operations | None = None) -> tuple[StepMetrics, list[tuple]]:
+               operations: Operations | None = None) -> tuple[StepMetrics, list, list[str]]:
     """Runs the micro-batches; with `backward` adds the gradient of each one's summed loss to .grad.
-    Returns their sums, and of every micro-batch (keys, bad samples, loss): batches are let go."""
-    metrics, losses, samples = StepMetrics(), [], []
+    Returns their sums, the bad samples (id, reason), and the ids of samples in micro-batches whose
+    loss is not finite."""
+    metrics, losses, keys, bad, odd = StepMetrics(), [], [], [], []
     for packed in micro_batches:
         with out_of_memory(packed):
             loss = model(packed.batch.to(model.device))
             if backward:
                 loss.backward()
         losses.append(loss.detach())
-        samples.append((packed.keys, packed.bad))
+        keys.append(packed.keys)
+        bad += packed.bad
         metrics.add(packed)
         if operations:
             metrics.operations += operations(packed.batch)
     losses = torch.stack(losses).tolist()    # the host waits for the device here, once a step
     metrics.loss = sum(losses)
-    return metrics, [(keys, bad, loss) for (keys, bad), loss in zip(samples, losses)]
+    for loss, samples in zip(losses, keys):
+        if not math.isfinite(loss):
+            odd += samples
+    return metrics, bad, odd
 
 
 @torch.no_grad()
 def measure(model: EEMLLM, held_out: Callable, group: ProcessGroup) -> dict[str, float]:
     """Mean loss over all target tokens of held-out data, and how many of its samples are bad."""
     with held_out() as loader:
-        micro_batches = _with_bar(loader, group) if group.is_first else loader
-        total = accumulate(model, micro_batches, backward=False)[0].over(group)
+        bar = tqdm(loader, "held-out", unit=" micro-batches", leave=False,
+                   disable=None if group.is_first else True)
+        metrics, _, _ = accumulate(model, bar, backward=False)
+    total = metrics.over(group)
     reshard(model)
     line = {"held_out_loss": total.mean_loss} if total.targets else {}
     return line | ({"held_out_bad": int(total.bad)} if total.bad else {})
 
 
-def _with_bar(loader: Loader, group: ProcessGroup) -> Iterator[Packed]:
-    with tqdm(desc="held-out", total=loader.samples, unit=" samples", leave=False,
-              disable=None) as bar:
-        for packed in loader:
-            yield packed
-            bar.update(group.size * (len(packed.keys) + len(packed.bad)))
-
-
-def _in_short(line: dict, remaining: float) -> str:
+def _in_short(line: dict) -> str:
     text = f"loss {line['loss']:.3f}"
     if "held_out_loss" in line:
         text += f", held-out {line['held_out_loss']:.3f}"
@@ -190,7 +184,7 @@ def _in_short(line: dict, remaining: float) -> str:
     if "mfu" in line:
         text += f", MFU {line['mfu']:.0%}"
     return (f"{text}, {line['tokens_per_s']:,.0f} tokens/s, {line['memory_gb']:.1f} GB, "
-            f"{line['seconds']:.2f} s/step, {tqdm.format_interval(remaining)} left")
+            f"{line['seconds']:.2f} s/step")
 
 
 # ---- a stage ----
@@ -198,35 +192,39 @@ def _in_short(line: dict, remaining: float) -> str:
 def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: ProcessGroup):
     """Trains one stage from the model folder of the one before, and leaves its own."""
     start = args.init or args.out / {"pretrain": "backbone", "finetune": "pretrain"}[stage]
-    how = (args.gpus, args.mfu, args.micro_batch_tokens or MICRO_BATCH_TOKENS,
-           args.checkpoint_activations)
-    if args.assume:                      # neither model nor data need be there
-        samples, size = assumed_size(args.assume)
-        config, settings = start_config(start, args, world), stage_config(stage, args, samples)
-        return print(*forecast(config, settings, size, *how), sep="\n")
+    own = not (args.init or args.data)   # the tiny world, where a look needs no trained backbones
     group.on_first(lambda: finish_replacement(start))
     exists = (start / "config.json").exists()
-    own = not (args.init or args.data)   # the tiny world, where a look needs no trained backbones
-    if not exists and not (own and (args.dry_run or args.show_batch)):
-        if stage == "finetune" or not own:
-            how_to = "name one with --init"
-            if stage == "finetune":
-                how_to = "run `python train.py --stage pretrain` first, or " + how_to
-            raise UserError(f"{quoted(start)} holds no model: {how_to}")
+    if not (exists or args.assume or own and (args.dry_run or args.show_batch)):
+        if stage == "finetune":
+            raise UserError(f"{quoted(start)} holds no model: run `python train.py --stage "
+                            "pretrain` first, or name one with --init")
+        if not own:
+            raise UserError(f"{quoted(start)} holds no model: name one with --init")
         group.on_first(lambda: make_backbones(start, world))
         exists = True
 
-    config = start_config(start, args, world)
+    # the model's sizes, with the visual path that the flags ask for
+    if args.preset:
+        config = PRESETS[args.preset]
+    else:
+        config = read_config(start) if exists else tiny_config(world)
+    config = dataclasses.replace(config, visual_path=from_args(args, config))
     if stage == "pretrain" and config.vision is None:
         raise UserError(f"{quoted(start)} has no image encoder, so stage 1 has nothing to train: "
                         "give --init a model that sees")
+
+    # a look at what will be: no data is read, nothing is trained
+    if args.assume:
+        samples, text, visual = args.assume
+        settings = stage_config(stage, args, samples)
+        return print(*forecast(config, settings, [text, text // 2, visual], args), sep="\n")
     tokenizer = Tokenizer(start / "tokenizer.json") if exists else tiny_tokenizer(config)
-    data = open_data(stage, args, world, config, tokenizer, group)
+    data = StageData(stage, args, world, config, tokenizer, group)
     if args.show_batch:
-        with data.loader(data.plan, group, 0, 1) as loader:
-            return print(*show_batch(next(iter(loader)).batch, tokenizer), sep="\n")
+        return print(*show_batch(data.first_batch().batch, tokenizer), sep="\n")
     if args.dry_run:
-        print(*forecast(config, data.config, average_size(data), *how), sep="\n")
+        print(*forecast(config, data.config, data.average_size(), args), sep="\n")
         if group.device.type != "cpu" or not exists:
             return
 
@@ -235,13 +233,7 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: P
     model.decoder.checkpoint_activations = args.checkpoint_activations
     if args.dry_run:
         shard_model(model, group)
-        with data.loader(data.plan, group, 0, 1) as loader:
-            packed = next(iter(loader))
-        seconds = seconds_of(model, packed.batch)
-        seconds *= data.config.batch_size / (group.size * max(1, len(packed.keys)))
-        hours = seconds * data.config.steps / 3600
-        return print(f"  {seconds:,.1f} s a step, {hours:,.2f} hours on this CPU (measured on one "
-                     "micro-batch)")
+        return print(measure_step(model, data.first_batch(), data.config, group.size))
     settings = {"init": str(start), "visual_path": config.visual_path.to_dict()}
     settings |= data.settings | dataclasses.asdict(data.config)
     run = RunFolder(args.out / f"{stage}-run", settings, group, args.resume, args.force)
@@ -253,14 +245,7 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: P
         for layer in model.decoder.layers:
             layer.compile(dynamic=True)
     stored = shard_model(model, group)
-
-    def load(first: int) -> Loader:
-        return data.loader(data.plan, group, first, data.config.steps)
-
-    def load_held_out() -> Loader:
-        return data.loader(data.held_out, group, 0, data.held_out.steps_per_epoch)
-
-    late = train(model, load, data.config, run, group, load_held_out if data.held_out else None,
+    late = train(model, data.load, data.config, run, group, data.held_out and data.load_held_out,
                  args.checkpoint_every, args.max_bad)
     save_model(model, stored, group, args.out / stage)
     run.finish()
@@ -286,12 +271,11 @@ def main(args: argparse.Namespace):
                 print(stopped)
             return
         except UserError as error:
-            if group.is_first or isinstance(error, OnOneProcess):
+            if group.is_first:
                 raise
             time.sleep(5)        # the first process reports it, and all are ended; or this is alone
             raise UserError(f"process {group.rank}: {error}") from None
     if "finetune" in stages and group.is_first and not (args.data or look):
-        from nanoeemllm.toy import report
         model = load_model(args.out / "finetune", device=args.device)
         report.show(model, world, report.score(model, world))
 

@@ -189,12 +189,12 @@ class EEMLLM(nn.Module):
 
     def _patches(self, images: list[list]) -> tuple[Tensor, list[list[tuple[int, int]]]]:
         """Of all images (P, 3*p*p), on the CPU, and every sample's grids."""
-        from nanoeemllm.data.images import open_image, prepare_image
+        from nanoeemllm.data.images import load_image, prepare_image
         if any(not isinstance(group, (list, tuple)) for group in images):
             raise UserError("images must be a list: PIL images, paths or open files")
         if self.config.vision is None and any(images):
             raise UserError("this model has no image encoder: it reads text alone")
-        prepared = [[prepare_image(open_image(image), self.config.vision) for image in group]
+        prepared = [[prepare_image(load_image(image), self.config.vision) for image in group]
                     for group in images]
         patches = [patches for group in prepared for patches, _ in group]
         grids = [[grid for _, grid in group] for group in prepared]

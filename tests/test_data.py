@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from nanoeemllm.data.packing import assign_to_ranks, patch_grid
 from nanoeemllm.data.images import prepare_image
 from nanoeemllm.weights.tokenizer import Tokenizer
 from nanoeemllm.data.cost import sample_cost
+from nanoeemllm.training.distributed import ProcessGroup
+from nanoeemllm.training.stage_data import open_files
 
 VISION = VisionConfig(patch_size=4, image_size=32, min_image_size=8, resize="native")
 
@@ -113,11 +116,13 @@ def test_index_reports_what_cannot_be_used(tmp_path, images, reason, lines):
     assert where == ("line 2" if lines else f"id {BAD[reason]['id']}" if isinstance(BAD[reason], dict) else "entry 2")
 
 
-def test_a_broken_line_is_reported_and_ten_are_listed(tmp_path, images):
+def test_a_broken_line_is_reported_and_ten_are_listed(tmp_path, images, capsys):
     path = write(tmp_path / "d.jsonl", [picture_entry(i) for i in range(3)], lines=True)
     path.write_text(path.read_text() + "\n" + '{"id": "half", "conv\n' * 14)
-    source = ConversationFile(path, images)
-    report = source.describe_problems()
+    group = ProcessGroup(0, 1, torch.device("cpu"))
+    data = open_files([str(path)], SimpleNamespace(images=str(images), max_bad=0.9), group)
+    report = capsys.readouterr().err.splitlines()
+    assert len(data) == 3
     assert "14 of 17 conversations cannot be used" in report[0] and report[1].startswith("  line 4: not valid JSON")
     assert len(report) == 12 and report[-1] == "  ... and 4 more"
 

@@ -56,7 +56,7 @@ def save_gradients(group, file, budget, checkpointed=False):
     model = tiny_model()
     model.decoder.checkpoint_activations = checkpointed
     shard_model(model, group)
-    seen, _ = accumulate(model, Loader(tiny_plan(budget=budget), encode, 0, 1, group.rank, group.size), backward=True)
+    seen, *_ = accumulate(model, Loader(tiny_plan(budget=budget), encode, 0, 1, group.rank, group.size), backward=True)
     learned = seen.over(group).targets
     found = {name: grad * group.size / learned for name, grad in gradients(model).items()}
     if group.is_first:
@@ -116,11 +116,11 @@ def in_bfloat16(group, folder):
     stored = shard_model(model, group, torch.bfloat16)
     for name, p in model.named_parameters():
         assert p.dtype == (torch.bfloat16 if name.startswith("vision.") else torch.float32)
-    seen, _ = accumulate(model, Loader(tiny_plan(), encode, 0, 1, group.rank, group.size), backward=True)
+    seen, *_ = accumulate(model, Loader(tiny_plan(), encode, 0, 1, group.rank, group.size), backward=True)
     found = gradients(model)
     assert {g.dtype for g in found.values()} == {torch.float32}
     whole = tiny_model()
-    exact, _ = accumulate(whole, Loader(tiny_plan(), encode, 0, 1), backward=True)
+    exact, *_ = accumulate(whole, Loader(tiny_plan(), encode, 0, 1), backward=True)
     assert seen.over(group).mean_loss == pytest.approx(exact.mean_loss, rel=0.02)
     for name, grad in gradients(whole).items():
         error = (found[name] * group.size - grad).norm() / grad.norm()

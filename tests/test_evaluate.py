@@ -253,7 +253,7 @@ def test_several_pictures_and_paths(tmp_path):
     tsv = TSV(write_tsv(tmp_path / "t.tsv", ("index", "image_path", "question", "answer"), rows))
     say = FakeModel(lambda text, images: str(len(images)))
     records = sorted(answers(say, (tsv[i] for i in range(3)), "exact", 16), key=lambda r: r["row"])
-    assert [r.get("score") for r in records] == [1, 1, None] and "none.png: no such picture" in records[2]["bad"]
+    assert [r.get("score") for r in records] == [1, 1, None] and "none.png: no such file" in records[2]["bad"]
     both = f"['{encoded()}', '{encoded('blue')}']"
     tsv = TSV(write_tsv(tmp_path / "u.tsv", ("index", "image", "question", "answer"), [["0", both, "q", "2"]]))
     assert next(answers(say, [tsv[0]], "exact", 16))["score"] == 1

@@ -1,6 +1,7 @@
 """Picture files as a person would see them, and what the encoders are given of them."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from nanoeemllm.config import PRESETS, UserError, VisionConfig
-from nanoeemllm.data.images import load_image, native_size, prepare_image, to_rgb
+from nanoeemllm.data.images import load_image, native_size, patch_grid, prepare_image, to_rgb
 
 SQUARE, NATIVE, PAD = (PRESETS[name].vision for name in ("eemllm-7b", "eemllm-7b-980", "llava-1.5-7b"))
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -107,10 +108,14 @@ def test_bad_pictures(data, said, tmp_path):
 
 
 def test_missing_picture_and_folder(tmp_path):
-    with pytest.raises(UserError, match="no such picture"):
+    with pytest.raises(UserError, match="no such file"):
         load_image(tmp_path / "nothing.png")
-    with pytest.raises(UserError, match="not a picture"):
+    with pytest.raises(UserError, match="is a folder, not a file"):
         load_image(tmp_path)
+    os.mkfifo(tmp_path / "fifo.png")
+    for function in (load_image, lambda file: patch_grid(file, NATIVE)):
+        with pytest.raises(UserError, match="fifo.png: is not a regular file"):
+            function(tmp_path / "fifo.png")
     with pytest.raises(UserError, match="0 x 5"):
         prepare_image(Image.new("RGB", (0, 5)), SQUARE)
 

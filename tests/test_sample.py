@@ -80,7 +80,7 @@ def test_the_command_of_the_readme(place):
 
 @pytest.mark.parametrize("flags, what", [
     (["--prompt", ""], "--prompt is empty: ask something"), ([], "nothing to answer"),
-    (["--image", "gone.png"], "gone.png: no such picture"), (["--image", "broken.png"], "broken.png: not a picture"),
+    (["--image", "gone.png"], "gone.png: no such file"), (["--image", "broken.png"], "broken.png: not a picture"),
     (["--image", "out/finetune/config.json"], "config.json: not a picture"), (["--image", "album"], "is a folder: add --jsonl"),
     (["--image", "0.png", "--image", "album/../0.png"], "named twice"),
     (["--prompt", "hi", "--temperature", "-1"], "temperature is -1.0; it must be from 0"),
@@ -148,7 +148,7 @@ def test_an_example_picture_by_its_name(place, run, monkeypatch, capfd):
     monkeypatch.setattr(sys, "stdin", io.StringIO("/image cat.png\nwhat is it?\n"))
     assert "taking the example" in run("--chat")[1]
     for name in ("no/cat.png", "dog.png"):
-        with pytest.raises(UserError, match="no such picture"):
+        with pytest.raises(UserError, match="no such file"):
             run("--image", name)
     shutil.copy("0.png", "cat.png")
     assert run("--image", "cat.png") == (run("--image", "0.png")[0], "")
@@ -188,7 +188,7 @@ def test_chat_remembers_until_reset(run, monkeypatch):
     fresh, second = chat(f"{asked}\n{asked}\n")[0]
     answers, errors = chat(f"{asked}\n/image gone.png\n/nonsense\n\n/image 1.png\n{asked}\n/reset\n/image 0.png\n{asked}\n")
     assert answers[0] == answers[2] == fresh and len(answers) == 3 and answers[1] != second
-    assert errors == ["error: gone.png: no such picture",
+    assert errors == ["error: gone.png: no such file",
                       "error: /nonsense is not known; known: /image FILE, /reset, and Ctrl-D to end"]
     assert chat("", "--prompt", asked)[0] == [fresh]
     assert "do not fit" in chat(f"{asked}\n" * 2, "--max-new-tokens", "300")[1][-1]

@@ -17,10 +17,11 @@ from nanoeemllm.weights import folder as weights
 from nanoeemllm.config import IMAGE_TOKEN, UserError
 from nanoeemllm.data import Loader, Packed, Sample
 from nanoeemllm.data import collate
-from nanoeemllm.training.config import TrainConfig, learning_rate, make_optimizer, trained_parameters, training_state
-from nanoeemllm.training.distributed import is_whole, save_state
+from nanoeemllm.paths import make
+from nanoeemllm.training.config import TrainConfig, learning_rate
+from nanoeemllm.training.distributed import is_whole
 from nanoeemllm.training.run_folder import RunFolder
-from nanoeemllm.training.step import OnOneProcess, StepMetrics, Stopped
+from nanoeemllm.training.step import StepMetrics, Stopped
 from test_border import killed_at
 from train import accumulate
 from tiny_run import (ALONE, Talks, encode, gradients, in_processes, metrics, start, tensors, tiny_config, tiny_model,
@@ -35,7 +36,7 @@ def test_gradients_equal_an_unpacked_loop_in_float64(stage, path, settings):
     """A sample at a time, its loss written out over all of its logits."""
     packed = list(Loader(tiny_plan(budget=3), encode, 0, 1))
     model = tiny_model(path, stage, **settings).double()
-    seen, _ = accumulate(model, packed, backward=True)
+    seen, *_ = accumulate(model, packed, backward=True)
     found = {name: grad / seen.targets for name, grad in gradients(model).items()}
 
     slow = tiny_model(path, stage, **settings).double()
@@ -218,24 +219,24 @@ def test_a_checkpoint_of_changed_bytes_is_recognised_and_the_one_before_it_used(
     assert all(torch.equal(x, before[name]) for name, x in tensors(tmp_path / "model").items())
 
 
-def test_runs_and_checkpoints_of_the_first_edition_are_resumed_and_lost_moments_told(tmp_path, capsys):
-    """Their run.json has no format, whole.json sizes alone, and AdamW's moments may be zero."""
+def test_runs_of_the_first_edition_are_refused_with_a_line_that_says_what_to_do(tmp_path):
+    """Their run.json has no format."""
     run = tiny_run(tmp_path, steps=8)
-    model = tiny_model()
-    params = trained_parameters(model)
-    state = training_state(params, make_optimizer(params, TrainConfig("finetune", 8, 8, 1e-2)))      # moments of zero
-    shutil.rmtree(run.checkpoints)
-    save_state(state, run.checkpoints / "step-00000006", ALONE)
-    whole = run.checkpoints / "step-00000006" / "whole.json"
-    whole.write_text(json.dumps({name: size for name, (size, _) in json.loads(whole.read_text()).items()}))
     settings = json.loads((run.folder / "run.json").read_text())
     del settings["format"]
-    settings["visual_path"] |= {"window": 5}
     (run.folder / "run.json").write_text(json.dumps(settings))
-    assert tiny_run(tmp_path, steps=8, resume=True).saved_steps() == [6, 8]
-    told = capsys.readouterr().out
-    assert "is an earlier version's run: it goes on" in told
-    assert f"step 6 has AdamW moments of zero for {len(params)} tensors" in told and "--force trains anew" in told
+    with pytest.raises(UserError, match=r"is a run of another edition: finish it with the release that began it, or .*--force"):
+        tiny_run(tmp_path, steps=8, resume=True)
+    assert run.saved_steps() == [6, 8]
+
+
+def test_settings_of_a_visual_path_survive_their_file(tmp_path):
+    settings = {"visual_path": make("eemllm-f", composite_layers=(1, 2)).to_dict()}
+    RunFolder(tmp_path / "run", settings, ALONE, resume=False).lock.close()
+    RunFolder(tmp_path / "run", settings, ALONE, resume=True).lock.close()
+    settings = {"visual_path": make("eemllm-f", composite_layers=(1, 3)).to_dict()}
+    with pytest.raises(UserError, match=r"visual_path was .*\[1, 2\].* and is now .*\[1, 3\]"):
+        RunFolder(tmp_path / "run", settings, ALONE, resume=True)
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path):
@@ -364,8 +365,8 @@ def test_a_micro_batch_of_broken_samples_counts_for_nothing():
     packed = list(Loader(plan, encode, 0, 1))
     assert sum(not p.keys for p in packed) == 3
     model, other = tiny_model(), tiny_model()
-    seen, _ = accumulate(model, packed, backward=True)
-    expected, _ = accumulate(other, [p for p in packed if p.keys], backward=True)
+    seen, *_ = accumulate(model, packed, backward=True)
+    expected, *_ = accumulate(other, [p for p in packed if p.keys], backward=True)
     assert seen.bad == 3 and (seen.loss, seen.targets) == (expected.loss, expected.targets)
     found, whole = gradients(model), gradients(other)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
@@ -375,7 +376,7 @@ def test_a_micro_batch_of_broken_samples_counts_for_nothing():
 def test_a_step_without_anything_to_learn_is_a_step_of_zero(stage):
     nothing = Packed(0, True, collate([Sample([0], [False], [], "")]), [], [("x", "broken")], 0)
     model = tiny_model(stage=stage)
-    seen, _ = accumulate(model, [nothing], backward=True)
+    seen, *_ = accumulate(model, [nothing], backward=True)
     assert seen.mean_loss == 0 and all((grad == 0).all() for grad in gradients(model).values())
     assert gradients(model).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
 
@@ -398,7 +399,7 @@ def test_out_of_memory_says_what_was_computed_and_what_to_lower(tmp_path, monkey
         raise torch.OutOfMemoryError("CUDA out of memory")
     model = tiny_model()
     monkeypatch.setattr(model.decoder, "logits", full)
-    with pytest.raises(OnOneProcess, match=r"out of memory at step 1, in a micro-batch of 8 samples with [\d,]+ text and "
+    with pytest.raises(UserError, match=r"out of memory at step 1, in a micro-batch of 8 samples with [\d,]+ text and "
                        r"[\d,]+ visual tokens: lower --micro-batch-tokens .*--checkpoint-activations"):
         tiny_run(tmp_path, model=model)
     broken = nn.Linear(1, 1)

@@ -5,6 +5,7 @@ on stderr says how. 130: Ctrl-C. Any other exception is a defect and shows its t
 """
 
 import argparse
+import contextlib
 import errno
 import io
 import os
@@ -24,7 +25,7 @@ def run_command(main: Callable[[], None], goes_on: bool = False):
     """Runs a command's main() and ends the process. goes_on: it runs to its end even where the
     reader of its output has left, as a training run must; others end then."""
     _open_output(goes_on)
-    code = 0
+    code, message = 0, None
     try:
         try:
             os.getcwd()
@@ -33,7 +34,7 @@ def run_command(main: Callable[[], None], goes_on: bool = False):
         main()
         sys.stdout.flush()
     except UserError as error:
-        code = _fail(str(error))
+        message = str(error)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -41,21 +42,17 @@ def run_command(main: Callable[[], None], goes_on: bool = False):
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        code = _fail(f"{error.filename or 'the output cannot be written'}: {error.strerror}")
+        message = f"{error.filename or 'the output cannot be written'}: {error.strerror}"
+    if message is not None:
+        code = 2
+        with contextlib.suppress(OSError):
+            print(f"error: {printable(message)}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
             _to_nowhere(stream)              # or Python would try once more, and complain
     sys.exit(code)
-
-
-def _fail(message: str) -> int:
-    try:
-        print(f"error: {printable(message)}", file=sys.stderr)
-    except OSError:
-        pass
-    return 2
 
 
 def printable(text: str) -> str:
@@ -136,13 +133,13 @@ def device_from(name: str | None) -> str:
     """The device that --device names, or the first there is. Under torchrun every process has a GPU
     of its own. Raises UserError for a device that this machine lacks."""
     if name is None:
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     device = f"cuda:{from_environment('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
         if torch.device(device).type not in ("cuda", "mps", "cpu"):
             raise RuntimeError
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError):           # PyTorch asserts that it was built for it
         raise UserError(f"--device {name}: there is none here; leave it out, or give cpu") from None
     return device

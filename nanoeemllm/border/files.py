@@ -8,6 +8,7 @@ held before or what it is to hold, whole.
 import contextlib
 import ctypes
 import fcntl
+import glob
 import json
 import math
 import os
@@ -132,24 +133,20 @@ def replace_folder(folder):
 def finish_replacement(folder: Path):
     """Ends what a process that is gone left half done beside the folder; removes its leftovers."""
     folder = Path(os.path.realpath(folder))
-    writing = _abandoned(folder, "writing")
     old = _abandoned(folder, "old")
-    if old and not folder.exists():                  # between two renames: the new one is whole
-        whole = [path for path in writing if path.name.split("-")[-1] == old[0].name.split("-")[-1]]
-        (whole or old)[0].rename(folder)
-    for path in writing + old:
+    if old and not folder.exists():                  # killed between the two renames
+        old.pop().rename(folder)
+    for path in old + _abandoned(folder, "writing"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _abandoned(folder: Path, what: str) -> list[Path]:
     """Folders `.NAME.writing-PID` or `.NAME.old-PID` that no living process holds."""
-    prefix = f".{folder.name}.{what}-"
     found = []
-    for path in sorted(folder.parent.iterdir()) if folder.parent.is_dir() else ():
-        if path.name.startswith(prefix) and path.name[len(prefix):].isdecimal():
-            with contextlib.suppress(OSError):
-                os.close(_lock(path))
-                found.append(path)
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.{what}-[0-9]*"):
+        with contextlib.suppress(OSError):
+            os.close(_lock(path))
+            found.append(path)
     return found
 
 

@@ -7,43 +7,40 @@ from types import UnionType
 from typing import get_args, get_origin
 
 from nanoeemllm.config import ModelConfig, UserError, VisualPath
-from nanoeemllm.paths import PATHS, lookup, make
+from nanoeemllm.paths import PATHS, lookup
+
+MOST = 2 ** 20       # of a whole number, where nothing else is said
 
 
 def read_config(data: dict, where: str = "config") -> ModelConfig:
     """A model folder's config.json. Raises UserError that names the key, for an unknown key or a
     value that does not fit."""
-    config = read_typed(ModelConfig, data, where)
-    return dataclasses.replace(config, other_paths=config.other_paths + old_settings(data, config))
+    return read_typed(ModelConfig, split_paths(data), where)
 
 
-def old_settings(data: dict, config: ModelConfig) -> tuple[VisualPath, ...]:
-    """Folders of the first edition wrote the settings of all paths into one object: what was chosen
-    there for other paths than the model's own (yopo's calibrated heads) is still meant."""
-    found = []
-    for path in PATHS.values():
-        fields = [f.name for f in dataclasses.fields(path)]
-        settings = {key: value for key, value in data.get("visual_path", {}).items() if key in fields}
-        if settings and path is not type(config.visual_path):
-            other = read_object(path, settings, path.name)
-            found += [other] if other != make(path.name) else []
-    return tuple(found)
+def split_paths(data: dict) -> dict:
+    """Folders of the first edition hold the settings of all paths in one object. Those of other
+    paths than the model's own (yopo's calibrated heads) are still meant: they are other_paths."""
+    path = data.get("visual_path")
+    if "other_paths" in data or not isinstance(path, dict):
+        return data
+    fields = {name: {f.name for f in dataclasses.fields(kind)} for name, kind in PATHS.items()}
+    own, others = fields.get(str(path.get("name")), set()), []
+    for name, settings in fields.items():
+        given = {key: path[key] for key in path if key in settings - own}
+        if given:
+            others.append({"name": name, **given})
+            path = {key: path[key] for key in path if key not in given}
+    return {**data, "visual_path": path, "other_paths": others}
 
 
-def read_path(value, where: str) -> VisualPath:
-    """{"name": ..., settings}. Settings of other paths are passed over (see old_settings)."""
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise UserError(f"{where} must be an object with a name")
-    known = {f.name for path in PATHS.values() for f in dataclasses.fields(path)}
-    settings = {key: item for key, item in value.items() if key != "name"}
-    return read_object(lookup(value["name"]), settings, where, skip=tuple(known))
-
-
-def read_typed(kind, value, where: str, least=None, most=2 ** 20):
+def read_typed(kind, value, where: str, least=None, most=MOST):
     """A JSON value as `kind`, checked to the bottom: a dataclass from an object, a tuple from a
     list, a number from its range. Raises UserError that names the place."""
     if isinstance(kind, type) and issubclass(kind, VisualPath):
-        return read_path(value, where)
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise UserError(f"{where} must be an object with a name")
+        kind, value = lookup(value["name"]), {key: value[key] for key in value if key != "name"}
     if get_origin(kind) is UnionType:                                    # X | None
         return None if value is None else read_typed(get_args(kind)[0], value, where, least, most)
     if dataclasses.is_dataclass(kind):
@@ -66,19 +63,17 @@ def read_typed(kind, value, where: str, least=None, most=2 ** 20):
     return kind(value)
 
 
-def read_object(kind, value, where: str, skip: tuple[str, ...] = ()):
-    """A JSON object as a dataclass; keys in `skip` are passed over, unknown ones refused."""
+def read_object(kind, value, where: str):
+    """A JSON object as a dataclass; unknown keys are refused."""
     if not isinstance(value, dict):
         raise UserError(f"{where} must be an object, not {type(value).__name__}")
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    found = {}
+    known, found = {f.name: f for f in dataclasses.fields(kind)}, {}
     for key, item in value.items():
-        if key in known:
-            limits = {name: known[key].metadata[name] for name in ("least", "most")
-                      if name in known[key].metadata}
-            found[key] = read_typed(known[key].type, item, f"{where}.{key}", **limits)
-        elif key not in skip:
+        if key not in known:
             raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(known)}")
+        limits = known[key].metadata
+        found[key] = read_typed(known[key].type, item, f"{where}.{key}", limits.get("least"),
+                                limits.get("most", MOST))
     for name, f in known.items():
         if f.default is f.default_factory is dataclasses.MISSING and name not in found:
             raise UserError(f"{where}: {name} is missing")

@@ -37,80 +37,66 @@ class ConversationFile:
         if images is not None and not self.images.is_dir():
             raise UserError(f"{quoted(images)}: no such folder; --images names that of pictures")
         self.problems: list[tuple[str, str]] = []
-        self._bounds, self._number = array("q"), array("q")   # first, last byte; place in the file
-        with open_regular(path) as file:
-            bar = tqdm(desc=f"indexing {self.path.name}", total=os.fstat(file.fileno()).st_size,
-                       unit="B", unit_scale=True, disable=None if progress else True)
+        self._index = array("q")         # of each: first byte, last byte, number in the file
+        with open_regular(path) as file, tqdm(
+                desc=f"indexing {self.path.name}", total=os.fstat(file.fileno()).st_size, unit="B",
+                unit_scale=True, disable=None if progress else True) as bar:
             for number, (start, end, where, entry) in enumerate(_entries(file), start=1):
-                problem = entry if isinstance(entry, str) else find_problem(entry, self.images)
+                problem = find_problem(entry, self.images)
                 if problem:
                     self.problems.append((where, problem))
                 else:
-                    self._bounds.extend((start, end))
-                    self._number.append(number)
+                    self._index.extend((start, end, number))
                 bar.update(end - bar.n)
-            bar.close()
-        if not self._number:
+        if not self._index:
             why = " ({}: {})".format(*self.problems[0]) if self.problems else ""
             raise UserError(f"{quoted(path)}: not one conversation that can be used{why}")
 
     def __len__(self) -> int:
-        return len(self._number)
+        return len(self._index) // 3
 
     def __getitem__(self, i: int) -> dict:
-        start, end = self._bounds[2 * i:2 * i + 2]
+        start, end, number = self._index[3 * i:3 * i + 3]
         with open(self.path, "rb") as file:      # anew: processes must not share a file position
             file.seek(start)
             entry = json.loads(file.read(end - start))
-        return entry | {"id": str(entry.get("id", f"{self.path.name}:{self._number[i]}")),
+        return entry | {"id": str(entry.get("id", f"{self.path.name}:{number}")),
                         "image": [str(self.images / name) for name in image_names(entry)]}
-
-    def describe_problems(self, shown: int = 10) -> list[str]:
-        """Lines for the user: how many conversations are unusable, and the first of them."""
-        if not self.problems:
-            return []
-        count, total = len(self.problems), len(self) + len(self.problems)
-        lines = [f"{quoted(self.path)}: {count:,} of {total:,} conversations cannot be used and "
-                 "are left out:"]
-        lines += [f"  {where}: {reason}" for where, reason in self.problems[:shown]]
-        return lines + [f"  ... and {count - shown:,} more"] * (count > shown)
 
 
 def _entries(file) -> Iterator[tuple[int, int, str, object]]:
-    """(first byte, last byte, line or id, the object or, as a string, why there is none)."""
+    """(first byte, last byte, line or id, the object, or the error that it is not JSON)"""
     head = file.read(1024)
     start = len(head) - len(head.lstrip(b"\xef\xbb\xbf \t\r\n"))
     file.seek(start)
     if head[start:start + 1] == b"[":
         return _list_entries(file)
-    if head[start:start + 1] == b"{":
-        return _line_entries(file)
-    raise _not_conversations(file)
-
-
-def _not_conversations(file, why: str = "") -> UserError:
-    return UserError(f"{quoted(file.name)}: neither a JSON list of conversations nor one JSON "
-                     f"object a line{why}")
+    if not isinstance(_parse(file.readline()), dict):
+        raise UserError(f"{quoted(file.name)}: neither a JSON list of conversations nor one JSON "
+                        "object a line")
+    file.seek(start)
+    return _line_entries(file)
 
 
 def _line_entries(file) -> Iterator[tuple[int, int, str, object]]:
     start = file.tell()
     for number, line in enumerate(file, start=1):
-        end, where = start + len(line), f"line {number}"
+        end = start + len(line)
         if line.strip():
-            try:
-                yield start, end, where, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                if number == 1:
-                    raise _not_conversations(file, f" ({error})") from None
-                yield start, end, where, f"not valid JSON: {error}"
+            yield start, end, f"line {number}", _parse(line)
         start = end
+
+
+def _parse(text: bytes) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return error
 
 
 def _list_entries(file) -> Iterator[tuple[int, int, str, object]]:
     """Decoded as Latin-1, a character is a byte: offsets are right, and no chunk ends in the middle
-    of a character. Strings are then mojibake, which is enough to find objects; an object whose
-    strings matter is read again as UTF-8."""
+    of a character. An object with other characters is read again as UTF-8."""
     decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     base, number, at = file.tell() + 1, 0, 0
     text = file.read(CHUNK).decode("latin-1")[1:]
@@ -129,11 +115,8 @@ def _list_entries(file) -> Iterator[tuple[int, int, str, object]]:
             text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
             continue
         number += 1
-        if not isinstance(entry, dict) or not str(entry.get("image", "")).isascii():
-            try:
-                entry = json.loads(text[at:end].encode("latin-1"))
-            except ValueError as error:
-                entry = f"not valid JSON: {error}"
+        if not text[at:end].isascii():
+            entry = _parse(text[at:end].encode("latin-1"))
         has_id = isinstance(entry, dict) and "id" in entry
         yield base + at, base + end, f"id {entry['id']}" if has_id else f"entry {number}", entry
         at = end
@@ -147,26 +130,30 @@ def image_names(entry: dict) -> list:
 
 def find_problem(entry, images: Path | None) -> str | None:
     """Why a conversation cannot be trained on, as far as its text and its files' names tell."""
+    if isinstance(entry, Exception):
+        return f"not valid JSON: {entry}"
     if not isinstance(entry, dict):
         return "not an object"
     turns = entry.get("conversations")
     if not isinstance(turns, list) or not turns:
         return 'no "conversations"'
     for turn in turns:
-        texts = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None,)
-        if not all(isinstance(text, str) for text in texts):
+        if not (isinstance(turn, dict) and isinstance(turn.get("from"), str)
+                and isinstance(turn.get("value"), str)):
             return 'a turn without "from" or "value"'
-    talk = turns[1:] if turns[0]["from"] in ("system", "gpt") else turns   # as encode_conversation
-    if talk is not turns and IMAGE_TEXT in turns[0]["value"]:
-        return f"{IMAGE_TEXT} before the first question"
-    if [turn["from"] for turn in talk] != ["human", "gpt"] * (len(talk) // 2) or not talk:
+    if turns[0]["from"] in ("system", "gpt"):                # as encode_conversation
+        if IMAGE_TEXT in turns[0]["value"]:
+            return f"{IMAGE_TEXT} before the first question"
+        turns = turns[1:]
+    answers = [turn["value"] for turn in turns[1::2]]
+    if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * len(answers):
         return 'roles out of order: "human" and "gpt" must take turns, human first, gpt last'
-    if not all(turn["value"].strip() for turn in talk[1::2]):
+    if not all(answer.strip() for answer in answers):
         return "an empty answer"
-    if any(IMAGE_TEXT in turn["value"] for turn in talk[1::2]):
+    if any(IMAGE_TEXT in answer for answer in answers):
         return f"{IMAGE_TEXT} in an answer"
     names = image_names(entry)
-    placed = sum(turn["value"].count(IMAGE_TEXT) for turn in talk)
+    placed = sum(turn["value"].count(IMAGE_TEXT) for turn in turns)
     if placed != len(names):
         return f'{placed} {IMAGE_TEXT} in the text but {len(names)} in "image"'
     for name in names:

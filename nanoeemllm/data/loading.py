@@ -29,7 +29,7 @@ class Packed:
 
 class Loader:
     """Iterates over a rank's `Packed` micro-batches of the steps start to stop - 1. Its processes
-    end with it: after the last batch, at close(), or at the end of a `with` block.
+    end with it: after the last batch, or at the end of a `with` block.
 
     encode: conversation -> Sample. `waited`: seconds spent waiting for batches.
     """
@@ -50,14 +50,11 @@ class Loader:
                 return
             yield packed
 
-    def close(self):
-        self._batches.close()
-
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_):
-        self.close()
+        self._batches.close()
 
 
 def _pack(data: Mixture, encode: Callable[[dict], Sample], micro_batch: MicroBatch) -> Packed:

@@ -19,12 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
 
 from nanoeemllm.config import IMAGE_TOKEN, UserError, VisionConfig
 from nanoeemllm.data.background import in_background
 from nanoeemllm.data.conversations import ConversationFile, image_names
-from nanoeemllm.data.images import load_image, native_size, prepare_image
+from nanoeemllm.data.images import load_image, patch_grid, prepare_image
 from nanoeemllm.layout import build_layout
 from nanoeemllm.model import Batch
 from nanoeemllm.prompt import encode_conversation
@@ -104,27 +103,6 @@ class Sample(NamedTuple):
     cut: bool = False                    # it was too long and has lost its last turns
 
 
-
-def collate(samples: list) -> Batch:
-    """data.Samples -> Batch.
-
-    The target of a text row is the token that follows it in the merged sequence. A target token
-    right behind an image would have to be predicted by a visual row, which makes no query, so it is
-    left out. No chat template has such a token.
-    """
-    grids = [[grid for _, grid in sample.images] for sample in samples]
-    ids, layout = build_layout([sample.ids for sample in samples], grids)
-    mask = [flag for sample in samples for flag, i in zip(sample.loss_mask, sample.ids)
-            if i != IMAGE_TOKEN]
-    position = layout.position[:layout.num_text]
-    is_next = torch.tensor(mask)[1:] & (position[1:] == position[:-1] + 1)
-    is_next[layout.text.start[1:].long() - 1] = False                # the next sample's first token
-    rows = is_next.nonzero().squeeze(1)
-    patches = [patches for sample in samples for patches, _ in sample.images]
-    return Batch(ids, layout, torch.cat(patches) if patches else torch.zeros(0, 0), rows,
-                 ids[rows + 1], [sample.key for sample in samples])
-
-
 def encode_sample(conversation: dict, tokenizer: Tokenizer, template: str,
                   vision: VisionConfig | None, max_length: int) -> Sample:
     """conversation: {"id", "conversations", "image": absent, a path, a PIL image, or a list}.
@@ -133,60 +111,57 @@ def encode_sample(conversation: dict, tokenizer: Tokenizer, template: str,
     Raises UserError for a conversation or image that cannot be used, and for a first question and
     answer that are too long.
     """
-    ids, mask, images, _, cut = _fit(conversation, tokenizer, template, vision, max_length)
-    loaded = [load_image(image) if isinstance(image, str) else image for image in images]
-    patches = [prepare_image(image, vision) for image in loaded]
-    return Sample(ids, mask, patches, conversation["id"], cut)
+    ids, mask, grids, cut = _fit(conversation, tokenizer, template, vision, max_length)
+    images = image_names(conversation)[:len(grids)]
+    prepared = [prepare_image(load_image(image), vision) for image in images]
+    return Sample(ids, mask, prepared, conversation["id"], cut)
 
 
 def count_tokens(conversation: dict, tokenizer: Tokenizer, template: str,
                  vision: VisionConfig | None, max_length: int) -> tuple[int, int]:
     """(text tokens, visual tokens) as encode_sample will give them, without decoding the images."""
-    ids, _, _, grids, _ = _fit(conversation, tokenizer, template, vision, max_length)
+    ids, _, grids, _ = _fit(conversation, tokenizer, template, vision, max_length)
     return len(ids) - len(grids), sum(h * w for h, w in grids)
 
 
 def _fit(conversation: dict, tokenizer: Tokenizer, template: str, vision: VisionConfig | None,
-         max_length: int):
-    """(ids, loss mask, images, their grids, whether turns were cut), at most max_length tokens."""
-    turns, images = conversation["conversations"], image_names(conversation)
+         max_length: int) -> tuple[list[int], list[bool], list[tuple[int, int]], bool]:
+    """(ids, loss mask, the images' grids, whether turns were cut), at most max_length tokens."""
+    images = image_names(conversation)
     if images and vision is None:
         raise UserError("a picture, but the model has no image encoder")
     grids = [patch_grid(image, vision) for image in images]
-    opening = turns[0]["from"] in ("system", "gpt")              # stands before the first question
+    ids, mask = encode_conversation(tokenizer, conversation["conversations"], template)
+    sizes = iter([h * w for h, w in grids])
+    lengths = np.cumsum([next(sizes) if token == IMAGE_TOKEN else 1 for token in ids])
 
-    def encode(rounds: int) -> tuple[list[int], list[bool]]:
-        return encode_conversation(tokenizer, turns[:opening + 2 * rounds], template)
-
-    def length(rounds: int) -> int:
-        ids, _ = encode(rounds)
-        used = ids.count(IMAGE_TOKEN)
-        return len(ids) - used + sum(h * w for h, w in grids[:used])
-
-    rounds = kept = (len(turns) - opening) // 2
-    if length(rounds) > max_length:
-        kept = bisect.bisect_right(range(1, rounds), max_length, key=length)
-    if kept == 0:
-        raise UserError(f"its first question and answer alone are {length(1):,} tokens, over the "
-                        f"{max_length:,} allowed")
-    ids, mask = encode(kept)
-    used = ids.count(IMAGE_TOKEN)
-    return ids, mask, images[:used], grids[:used], kept < rounds
+    # the ids of the first rounds are the beginning of those of all rounds (prompt.py)
+    is_target = np.array([*mask, False])
+    answer_ends = np.flatnonzero(is_target[:-1] & ~is_target[1:])
+    fitting = answer_ends[lengths[answer_ends] <= max_length]
+    if not len(fitting):
+        raise UserError(f"its first question and answer alone are {lengths[answer_ends[0]]:,} "
+                        f"tokens, over the {max_length:,} allowed")
+    end = int(fitting[-1]) + 1
+    return ids[:end], mask[:end], grids[:ids[:end].count(IMAGE_TOKEN)], end < len(ids)
 
 
-def patch_grid(image: str | Image.Image, vision: VisionConfig) -> tuple[int, int]:
-    """Patches (rows, columns) that prepare_image will make of an image, read from its header."""
-    if vision.resize != "native":
-        return vision.grid_size, vision.grid_size
-    try:
-        with Image.open(image) if isinstance(image, str) else contextlib.nullcontext(image) as file:
-            width, height = file.size
-            if file.getexif().get(ExifTags.Base.Orientation, 1) >= 5:   # stored lying on its side
-                width, height = height, width
-    except Exception as error:                              # Pillow's readers raise almost anything
-        raise UserError(f"{image}: not a picture that can be read ({error})") from None
-    width, height = native_size(width, height, vision.image_size, vision.min_image_size)
-    return height // vision.patch_size, width // vision.patch_size
+def collate(samples: list[Sample]) -> Batch:
+    """The target of a text row is the token that follows it in the merged sequence. A target token
+    right behind an image would have to be predicted by a visual row, which makes no query, so it is
+    left out. No chat template has such a token."""
+    grids = [[grid for _, grid in sample.images] for sample in samples]
+    ids, layout = build_layout([sample.ids for sample in samples], grids)
+    mask = []
+    for sample in samples:
+        mask += [flag for flag, i in zip(sample.loss_mask, sample.ids) if i != IMAGE_TOKEN]
+    position = layout.position[:layout.num_text]
+    is_next = torch.tensor(mask)[1:] & (position[1:] == position[:-1] + 1)
+    is_next[layout.text.start[1:].long() - 1] = False                # the next sample's first token
+    rows = is_next.nonzero().squeeze(1)
+    patches = [patches for sample in samples for patches, _ in sample.images]
+    return Batch(ids, layout, torch.cat(patches) if patches else torch.zeros(0, 0), rows,
+                 ids[rows + 1], [sample.key for sample in samples])
 
 
 # ---- which samples, when and where ----
@@ -228,16 +203,12 @@ class Plan:
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(step, indices of its samples, their costs): range of cost by range of cost, falling."""
-        windows, same_windows = itertools.tee(self._windows(start, stop))
-        orders = (order for _, _, order in same_windows)
-        # a worker is one or two windows ahead
-        measured = in_background(self._costs, orders, min(1, self.workers if self.cost else 0))
-        with contextlib.closing(measured):
-            for (first, count, order), costs in zip(windows, measured):
-                rng = np.random.default_rng([self.seed, len(self.data), first])
-                for step, chosen in enumerate(_equal_steps(costs, count, rng), start=first):
-                    if start <= step < stop:
-                        yield step, order[chosen], costs[chosen]
+        workers = min(1, self.workers if self.cost else 0)   # which is one or two windows ahead
+        planned = in_background(self._plan_window, self._windows(start, stop), workers)
+        with contextlib.closing(planned):
+            for step, indices, costs in itertools.chain.from_iterable(planned):
+                if start <= step < stop:
+                    yield step, indices, costs
 
     def _windows(self, start: int, stop: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """(first step, how many steps, all their samples), from the window that holds `start`."""
@@ -253,25 +224,27 @@ class Plan:
             yield step, end - within, samples
             step += end - within
 
-    def _costs(self, indices: np.ndarray) -> np.ndarray:
-        """A sample that cannot be measured will be left out later: it costs next to nothing."""
-        costs = np.ones(len(indices))
-        for i, index in enumerate(indices if self.cost else ()):
-            with contextlib.suppress(Exception):
-                costs[i] = self.cost(self.data[index])
-        return costs
-
-
-def _equal_steps(costs: np.ndarray, count: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Deals a window's samples to `count` steps of equal size and nearly equal cost: positions in
-    costs, by step."""
-    order = np.argsort(-costs, kind="stable")                # equal costs stay in random order
-    size = len(costs) // count
-    # (ranges of cost, steps, a group)
-    groups = order[:count * size].reshape(-1, count, math.gcd(size, GROUP))
-    steps = np.concatenate([rng.permutation(in_range) for in_range in groups], axis=1)
-    left_over = order[count * size:]                         # the cheapest, one each
-    return [np.append(step, left_over[i:i + 1]) for i, step in enumerate(steps)]
+    def _plan_window(self, window: tuple[int, int, np.ndarray]) -> list[tuple]:
+        """[(step, indices of its samples, their costs), ...]: equal sizes and nearly equal costs.
+        A sample that cannot be measured will be left out later: it costs next to nothing."""
+        first, count, samples = window
+        costs = np.ones(len(samples))
+        if self.cost:
+            for i, index in enumerate(samples):
+                with contextlib.suppress(Exception):
+                    costs[i] = self.cost(self.data[index])
+        order = np.argsort(-costs, kind="stable")            # equal costs stay in random order
+        size = len(samples) // count
+        # (ranges of cost, steps, a group)
+        groups = order[:count * size].reshape(-1, count, math.gcd(size, GROUP))
+        left_over = order[count * size:]                     # the cheapest, one each
+        rng = np.random.default_rng([self.seed, len(self.data), first])
+        dealt = np.concatenate([rng.permutation(in_range) for in_range in groups], axis=1)
+        steps = []
+        for i, chosen in enumerate(dealt):
+            chosen = np.append(chosen, left_over[i:i + 1])
+            steps.append((first + i, samples[chosen], costs[chosen]))
+        return steps
 
 
 def assign_to_ranks(costs: np.ndarray, world: int, budget: float | None) -> list[list[list[int]]]:
@@ -284,25 +257,22 @@ def assign_to_ranks(costs: np.ndarray, world: int, budget: float | None) -> list
     if len(costs) < world:
         raise UserError(f"a batch of {len(costs)} samples cannot be dealt to {world} processes: "
                         "give a larger --batch-size")
-    work = np.zeros(world)
-    rows, heaviest = [], []
-    for start in range(0, len(costs), world):
-        row = [[] for _ in range(world)]
-        stop = min(start + world, len(costs))
-        for position, rank in zip(range(start, stop), work.argsort(kind="stable")):
-            row[rank].append(position)
-            work[rank] += costs[position]
-        rows.append(row)
-        heaviest.append(costs[start:stop].max())
-
+    budget, heaviest = budget or math.inf, costs[::world]    # of each row
     most = len(costs) // world                               # the last row may lack some ranks
-    budget = budget or math.inf
-    for count in range(max(1, min(most, math.ceil(sum(heaviest) / budget))), most + 1):
-        filled, micro_batches = np.zeros(count), [[] for _ in range(count)]
-        for row, weight in zip(rows, heaviest):
-            lightest = filled.argmin()
-            micro_batches[lightest].append(row)
-            filled[lightest] += weight
+    for count in range(min(most, max(1, math.ceil(heaviest.sum() / budget))), most + 1):
+        filled, chosen = np.zeros(count), []                 # chosen: a micro-batch for each row
+        for weight in heaviest:
+            chosen.append(filled.argmin())
+            filled[chosen[-1]] += weight
         if filled.max() <= budget:
             break
-    return [[sum(ranks, []) for ranks in zip(*micro_batch)] for micro_batch in micro_batches]
+
+    work, micro_batches = np.zeros(world), []
+    for _ in range(count):
+        micro_batches.append([[] for _ in range(world)])
+    for row, micro_batch in enumerate(chosen):
+        positions = range(row * world, min((row + 1) * world, len(costs)))
+        for position, rank in zip(positions, work.argsort(kind="stable")):
+            micro_batches[micro_batch][rank].append(position)
+            work[rank] += costs[position]
+    return micro_batches

@@ -1,5 +1,6 @@
 """What a stage trains and how: its settings, learning rate, trained weights and optimizer."""
 
+import argparse
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.paths import is_trained
+
+MICRO_BATCH_TOKENS = 8192    # a 7B model's activations of them take about 40 GB, not checkpointed
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,17 @@ PAPER = {  # LLaVA's and the paper's; steps come from the size of the data
     "pretrain": TrainConfig("pretrain", 0, 256, 1e-3),
     "finetune": TrainConfig("finetune", 0, 128, 2e-5),
 }
+
+
+def stage_config(stage: str, args: argparse.Namespace, samples: int | None = None) -> TrainConfig:
+    """The tiny world's settings, or the paper's for so many samples, changed by the flags."""
+    default = TINY[stage] if samples is None else PAPER[stage]
+    batch_size = args.batch_size or default.batch_size
+    steps = args.steps or default.steps
+    if not steps:
+        steps = max(1, round((args.epochs or 1) * max(1, samples // batch_size)))
+    return dataclasses.replace(default, seed=args.seed, steps=steps, batch_size=batch_size,
+                               learning_rate=args.lr or default.learning_rate)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -63,8 +77,7 @@ def make_optimizer(params: dict[str, nn.Parameter], config: TrainConfig) -> torc
     vectors = [p for p in params.values() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate,
-                                  betas=config.betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     for p in params.values():
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

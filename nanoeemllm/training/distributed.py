@@ -33,7 +33,7 @@ from nanoeemllm.model import EEMLLM
 # No layer's output is changed in place; and one process may well save alone.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module|torch.distributed is disabled")
 
-WHOLE = "whole.json"      # written last: of every file in the checkpoint its size and checksum
+WHOLE = "whole.json"      # written last: of every file in the checkpoint its checksum
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,16 @@ class ProcessGroup:
 
     def on_first(self, function: Callable):
         """Calls function() on the first process only; all get its result, or its UserError."""
-        if self.size == 1:
-            return function()
-        answer = [None, None]
+        answers = []
         if self.is_first:
             try:
-                answer[0] = function()
+                answers.append((function(), None))
             except UserError as error:
-                answer[1] = str(error)
-        dist.broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise UserError(answer[1])
-        return answer[0]
+                answers.append((None, str(error)))
+        (result, error), = self.gather(answers)
+        if error is not None:
+            raise UserError(error)
+        return result
 
 
 @contextlib.contextmanager
@@ -149,11 +147,6 @@ def reshard(model: EEMLLM):
         model.reshard()
 
 
-def to_local(x: Tensor) -> Tensor:
-    """This process's shard."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
 def save_model(model: EEMLLM, stored: dict[str, Tensor], group: ProcessGroup, folder: Path):
     """Writes the model folder that one process would write: in the number types it came in, frozen
     tensors to the bit. The first process writes and all gather, one tensor at a time."""
@@ -185,7 +178,7 @@ def save_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup):
         group.on_first(lambda: aside.mkdir(parents=True))
         dcp.save(state, storage_writer=dcp.FileSystemWriter(aside), no_dist=group.size == 1)
         files = sorted(aside.iterdir())[group.rank::group.size]
-        entries = group.gather([(file.name, list(_size_and_checksum(file))) for file in files])
+        entries = group.gather([(file.name, _checksum(file)) for file in files])
         if group.is_first:
             write_aside(aside / WHOLE, json.dumps(dict(entries)).encode())
             aside.rename(folder)
@@ -200,23 +193,20 @@ def save_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup):
 
 def is_whole(folder: Path, group: ProcessGroup) -> bool:
     """Whether a checkpoint has all its files, each with all its bytes unchanged."""
-    damaged = 0
     try:
-        files = sorted(json.loads((folder / WHOLE).read_text()).items())[group.rank::group.size]
-        for name, entry in files:
-            found = list(_size_and_checksum(folder / name))
-            damaged += entry not in (found, found[0])        # the first edition wrote sizes alone
-    except (OSError, ValueError, AttributeError):
+        entries = sorted(json.loads((folder / WHOLE).read_text()).items())[group.rank::group.size]
+        damaged = sum(_checksum(folder / name) != checksum for name, checksum in entries)
+    except (OSError, ValueError):
         damaged = 1
     return group.sum(damaged) == [0]
 
 
-def _size_and_checksum(path: Path) -> tuple[int, int]:
-    size = checksum = 0
+def _checksum(path: Path) -> int:
+    checksum = 0
     with open(path, "rb") as file:
         while part := file.read(1 << 24):
-            size, checksum = size + len(part), zlib.crc32(part, checksum)
-    return size, checksum
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup):

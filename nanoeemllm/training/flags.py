@@ -1,12 +1,13 @@
 """The flags of train.py."""
 
 import argparse
+import re
 from pathlib import Path
 
 from nanoeemllm.border.command import Parser, positive
 from nanoeemllm.config import PRESETS
 from nanoeemllm.paths import add_flags
-from nanoeemllm.training.stage_data import MICRO_BATCH_TOKENS
+from nanoeemllm.training.config import MICRO_BATCH_TOKENS
 
 STEPS, SIZE = 10**8, 2**20
 
@@ -53,7 +54,7 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     dry("--mfu", type=positive(float, most=1), default=0.5, metavar="PART",
         help="of the GPUs' peak that is reached (0.5)")
     dry("--preset", choices=PRESETS, help="a model that is not there yet; needs --assume")
-    dry("--assume", metavar="SAMPLES,TEXT,VISUAL",
+    dry("--assume", type=sample_sizes, metavar="SAMPLES,TEXT,VISUAL",
         help="data that is not there yet: how many samples, and tokens of each")
 
     world = parser.add_argument_group("the tiny world").add_argument
@@ -78,3 +79,11 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
         if wrong:
             parser.error(why)
     return args
+
+
+def sample_sizes(text: str) -> tuple[int, int, int]:
+    if not re.fullmatch(r"[1-9]\d{0,11},[1-9]\d{0,5},\d{1,6}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: give three whole numbers, as in "
+                                         "558000,60,4900")
+    samples, words, visual = map(int, text.split(","))
+    return samples, words, visual

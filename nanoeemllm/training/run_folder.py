@@ -10,6 +10,7 @@
 Whatever is here when the power fails, the run can be resumed from it.
 """
 
+import contextlib
 import fcntl
 import json
 import shutil
@@ -19,11 +20,10 @@ from torch import Tensor
 
 from nanoeemllm.border.files import (finish_replacement, quoted, read_json, replace_folder,
                                      write_aside)
-from nanoeemllm.config import UserError
 from nanoeemllm.border.plot import line_chart
+from nanoeemllm.config import UserError
 from nanoeemllm.training.config import TrainConfig
-from nanoeemllm.training.distributed import (ProcessGroup, is_whole, load_state, save_state,
-                                             to_local)
+from nanoeemllm.training.distributed import ProcessGroup, is_whole, load_state, save_state
 
 KEPT = 2      # checkpoints: the newest, and the one before in case it is damaged
 FORMAT = 2    # of the folder
@@ -75,11 +75,9 @@ class RunFolder:
                             "give another --out") from error
 
     def _compare(self, before: dict, settings: dict):
-        if "format" not in before:
-            print(f"{quoted(self.folder)} is an earlier version's run: it goes on, but its batches "
-                  "are grouped otherwise: within 32 steps a sample may come twice or not at all")
-            path = {key: before.get("visual_path", {}).get(key) for key in settings["visual_path"]}
-            before = before | {"format": FORMAT, "visual_path": path}
+        if before.get("format") != FORMAT:
+            raise UserError(f"{quoted(self.folder)} is a run of another edition: finish it with "
+                            "the release that began it, or train anew (--force)")
         changed = [f"{key} was {before.get(key)!r} and is now {settings.get(key)!r}"
                    for key in sorted(before.keys() | settings.keys())
                    if before.get(key) != settings.get(key)]
@@ -104,8 +102,7 @@ class RunFolder:
 
     def save(self, step: int, state: dict[str, Tensor]):
         """Checkpoint after `step` steps; the newest KEPT stay."""
-        if not self._checkpoint(step).exists():
-            save_state(state, self._checkpoint(step), self.group)
+        save_state(state, self._checkpoint(step), self.group)
         if self.group.is_first:
             for old in self.saved_steps()[:-KEPT]:
                 shutil.rmtree(self._checkpoint(old))
@@ -119,7 +116,6 @@ class RunFolder:
             if is_whole(folder, self.group):
                 step = saved
                 load_state(state, folder, self.group)
-                self._tell_zeroed(step, state)
                 break
             if self.group.is_first:
                 print(f"the checkpoint of step {saved} is not whole: going back to the one before "
@@ -128,28 +124,13 @@ class RunFolder:
         self.bad = self.group.on_first(lambda: self._forget_after(step))
         return step
 
-    def _tell_zeroed(self, step: int, state: dict[str, Tensor]):
-        """The first edition wrote such after a held-out measurement under FSDP2."""
-        names = [name for name in state if name.endswith(" exp_avg_sq")]
-        shards = [to_local(state[name]) for name in names]
-        nonzero = self.group.sum(*(shard.count_nonzero().item() for shard in shards))
-        zeroed = nonzero.count(0)
-        if zeroed and self.group.is_first:
-            print(f"the checkpoint of step {step} has AdamW moments of zero for {zeroed} tensors "
-                  f"({names[nonzero.index(0)].split()[0]}, ...): where these were trained before, "
-                  "an earlier version has lost them, and the run does not go on as if it had never "
-                  "stopped; --force trains anew")
-
     def _forget_after(self, step: int) -> int:
         """Returns how many bad samples stay."""
-        stays = 0
         for file in (self.metrics, self.bad_samples):
-            lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-            kept = [line for line in lines if _step_of(line) <= step]
-            stays = len(kept)
-            if kept != lines:
-                write_aside(file, "".join(kept).encode())
-        return stays
+            kept = [line for line in _logged(file) if line["step"] <= step]
+            if file.exists():
+                write_aside(file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        return len(kept)
 
     # ---- metrics ----
 
@@ -176,8 +157,7 @@ class RunFolder:
 
     def draw_curve(self):
         if self.group.is_first:
-            lines = [json.loads(line) for line in self.metrics.read_text().splitlines()]
-            series = {}
+            lines, series = _logged(self.metrics), {}
             for name, key in (("training", "loss"), ("held out", "held_out_loss")):
                 points = [(line["step"], line[key]) for line in lines if key in line]
                 if points:
@@ -186,9 +166,11 @@ class RunFolder:
                        y_label="loss", log_y=True)
 
 
-def _step_of(line: str) -> float:
-    """A line that was cut short belongs to no step."""
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except (ValueError, TypeError, KeyError):
-        return float("inf")
+def _logged(file: Path) -> list[dict]:
+    """The lines before one that was cut short."""
+    lines = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in file.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                lines.append(json.loads(line))
+    return lines

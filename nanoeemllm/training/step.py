@@ -12,9 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nanoeemllm.config import ModelConfig, UserError
-from nanoeemllm.data import Packed
+from nanoeemllm.data import Packed, cost
 from nanoeemllm.model import Batch
-from nanoeemllm.data import cost
 from nanoeemllm.training.distributed import ProcessGroup
 
 # A GPU's dense bfloat16 operations a second; MFU is measured against it.
@@ -24,10 +23,6 @@ PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 
 
 class Stopped(Exception):
     """The run was asked to stop (SIGINT, SIGTERM) and has saved itself."""
-
-
-class OnOneProcess(UserError):
-    """An error that the other processes do not have, so that this one has to report it."""
 
 
 @dataclass
@@ -64,11 +59,11 @@ class Operations:
         self.cost = cost.sample_cost(config)
 
     def __call__(self, batch: Batch) -> float:
-        lengths = zip(batch.layout.text.length.tolist(), batch.layout.visual.length.tolist())
-        sizes = [(text, [visual] if visual else []) for text, visual in lengths]
-        work = sum(self.cost(text, sum(visual)) for text, visual in sizes)
+        text, visual = batch.layout.text.length.tolist(), batch.layout.visual.length.tolist()
+        work = sum(map(self.cost, text, visual))
         if self.unit is None:
-            self.unit = sum(cost.operations(self.config, sizes, self.stage)) / work
+            samples = [(t, [v] if v else []) for t, v in zip(text, visual)]
+            self.unit = sum(cost.operations(self.config, samples, self.stage)) / work
         return self.unit * work
 
 
@@ -97,25 +92,19 @@ def out_of_memory(packed: Packed) -> Iterator[None]:
         full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not full:
             raise
-        raise OnOneProcess(
+        raise UserError(
             f"out of memory at step {packed.step + 1}, in a micro-batch of {len(packed.keys)} "
             f"samples with {len(packed.batch.ids):,} text and {len(packed.batch.patches):,} visual "
             "tokens: lower --micro-batch-tokens or --max-length, add --checkpoint-activations, or "
             "use more GPUs; then --resume") from error
 
 
-def steps_of(packed: Iterable[Packed]) -> Iterator[tuple[int, Iterator[Packed]]]:
-    """(step, its micro-batches, as they come)"""
-    packed = iter(packed)
-
-    def rest(p: Packed) -> Iterator[Packed]:
-        yield p
-        while not p.last:
-            p = next(packed)
-            yield p
-
-    for first in packed:
-        yield first.step, rest(first)
+def one_step(batches: Iterator[Packed]) -> Iterator[Packed]:
+    """The next step's micro-batches, as they come."""
+    for packed in batches:
+        yield packed
+        if packed.last:
+            return
 
 
 def peak_operations(device: torch.device) -> float | None:
