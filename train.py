@@ -119,6 +119,7 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
                       "--max-length, or use smaller pictures", file=sys.stderr)
 
             # held-out data and checkpoint
+            paused = time.perf_counter()
             last = step + 1 == config.steps
             save = (step + 1) % checkpoint_every == 0 or last or total.stop
             if save and held_out is not None and not total.stop:
@@ -133,6 +134,8 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
                 raise Stopped(f"stopped after step {step + 1} of {config.steps}; it is saved: run "
                               "the same command with --resume to go on")
             start, waited = time.perf_counter(), loader.waited
+            bar.start_t += start - paused        # the time left is that of training steps alone
+            bar.last_print_t += start - paused
         run.draw_curve()
         return group.sum(len(caught))[0] > 0
 
