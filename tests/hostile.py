@@ -49,7 +49,7 @@ COMMANDS = {"sample": "sample.py", "train": "train.py", "convert": "convert_weig
 
 SAMPLE = "sample --weights model --image images/a.png --prompt two --max-new-tokens 2".split()
 TEXT = "sample --weights model --prompt two --max-new-tokens 2".split()
-EVALUATE = "evaluate --weights model --tsv q.tsv --out answers --max-new-tokens 2".split()
+EVALUATE = "evaluate --weights model --tsv q.tsv --images images --out answers --max-new-tokens 2".split()
 TRAIN = ("train --stage pretrain --init model --data data.json --images images --steps 2 --batch-size 2 --workers 0 --out out "
          "--device cpu").split()
 RESUME = [*TRAIN[:-3], "trained", "--device", "cpu", "--resume"]
@@ -330,7 +330,7 @@ def weight_cases():
         for size in (1, 7, 100, 5000):
             yield Case(f"weights/{name} cut at {size}", command, lambda place, name=name, size=size: write(place / name, (place / name).read_bytes()[:size]))
     for name in ("../model/x.safetensors", "/etc/passwd", "none.safetensors", "", "a\nb", LONG, "config.json"):
-        yield Case(f"weights/index names {name:.20!r}", TEXT, change_json(index, ("weight_map", "a"), name))
+        yield Case(f"weights/index names {name[:20]!r}", TEXT, change_json(index, ("weight_map", "a"), name))
 
 
 def tokenizer_cases():
@@ -448,11 +448,11 @@ def _command(case: Case, place: Path, files: list[Path]):
     os.setsid()
     os.chdir(place)
     resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+    os.environ |= case.environment
     for number, (kind, file) in enumerate(zip((case.stdout, case.stderr), files), 1):
         _redirect(number, kind, file)
     os.close(0)
     assert os.open("/dev/null", os.O_RDONLY) == 0
-    os.environ |= case.environment
     if case.change and "gone" in case.name:
         case.change(place)
     command, *sys.argv[1:] = case.command
@@ -491,7 +491,7 @@ def _redirect(number: int, kind: str, file: Path):
     if kind == "closed":
         os.close(number)
     else:
-        encoding = "ascii" if "ASCII" in str(number) else "utf-8"
+        encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
         errors = "backslashreplace" if number == 2 else "strict"
         stream = io.TextIOWrapper(io.BufferedWriter(io.FileIO(number, "w", closefd=False)), encoding, errors, line_buffering=number == 2)
     setattr(sys, name, stream)
