@@ -39,7 +39,7 @@ def choose_template(folder: Path, tokenizer: Tokenizer) -> str:
                             f"comes close, --chat-template {'|'.join(TEMPLATES)}")
         return known[fingerprint(text)]
     for name, token in (("chatml", "<|im_start|>"), ("llama3", "<|start_header_id|>")):
-        if tokenizer.has(token):
+        if tokenizer.id_of(token) is not None:
             return name
     return "vicuna_v1"
 

@@ -20,9 +20,10 @@ from nanoeemllm.border.files import quoted, replace_folder
 from nanoeemllm.config import ModelConfig, UserError, VisionConfig
 from nanoeemllm.prompt import IMAGE_TEXT
 from nanoeemllm.weights.chat import jinja
-from nanoeemllm.weights.folder import (Lazy, is_model, read_config, read_safetensors,
-                                       read_tokenizer, shards, write_json, write_weights)
-from nanoeemllm.weights.published import LLAVA, LLM, published_name, published_shape
+from nanoeemllm.weights.folder import is_model, read_config, read_tokenizer
+from nanoeemllm.weights.published import (ACTIVATIONS, ENCODERS, LLAVA, LLM, TOWER, VISION_STRATEGY,
+                                          published_name)
+from nanoeemllm.weights.tensors import Lazy, read_weights, write_json, write_weights
 from nanoeemllm.weights.tokenizer import Tokenizer
 
 
@@ -77,32 +78,29 @@ def check(config: ModelConfig) -> None:
 # ---- weights ----
 
 def export_tensors(folder: Path, config: ModelConfig, parts: dict[str, tuple[str, ...]],
-                   rows: int) -> dict[str, Lazy]:
+                   rows: int) -> dict[str, Tensor | Lazy]:
     """By their published names. rows: of the vocabulary's tables."""
-    ours = {}
-    for path, names in shards(folder, "model.safetensors").items():
-        ours |= read_safetensors(path, names)
-    if config.vision is not None and not config.vision.post_layernorm:   # not used, but looked for
-        for kind in ("weight", "bias"):
-            ours[f"vision.post_layernorm.{kind}"] = ours[f"vision.layers.0.layer_norm1.{kind}"]
+    ours, vision = read_weights(folder), config.vision
+    if vision is not None:
+        patches = ours["vision.patch_embedding.weight"]
+        size = (3, vision.patch_size, vision.patch_size)
+        ours["vision.patch_embedding.weight"] = patches.unflatten(1, size)
+        if not vision.post_layernorm:                        # not used, but looked for
+            for kind in ("weight", "bias"):
+                ours["vision.post_layernorm." + kind] = ours["vision.layers.0.layer_norm1." + kind]
+    for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight"):
+        if name in ours:
+            table = ours[name]
+            ours[name] = Lazy((rows, table.shape[1]), table.dtype,
+                              functools.partial(with_rows, table, rows))
     prefixes = {prefix: theirs[0] for prefix, theirs in parts.items()}
-    tensors = {}
-    for name, x in ours.items():
-        shape = published_shape(name, x.shape, config)
-        if name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight"):
-            shape = (rows, *shape[1:])
-        tensors[published_name(name, prefixes)] = Lazy(shape, x.dtype,
-                                                       functools.partial(reshaped, x, shape))
-    return tensors
+    return {published_name(name, prefixes): x for name, x in ours.items()}
 
 
-def reshaped(x: Lazy, shape: tuple) -> Tensor:
+def with_rows(table: Tensor, rows: int) -> Tensor:
     """New rows of a vocabulary are the mean of the others: never the likeliest token."""
-    table = x.load()
-    new = shape[0] - len(table)
-    if new > 0:
-        table = torch.cat([table, table.float().mean(0, keepdim=True).to(x.dtype).expand(new, -1)])
-    return table.reshape(shape)
+    mean = table.float().mean(0, keepdim=True).to(table.dtype)
+    return torch.cat([table, mean.expand(rows - len(table), -1)])
 
 
 # ---- tokenizer and configurations ----
