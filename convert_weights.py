@@ -35,14 +35,14 @@ def main():
         print(f"{args.out}: written as {export(args.to_hf, args.out)}")
         return
     check_replaceable(args.out, args.force)
-    model = read(args.llm, args.vision, args.llava, args.visual_path, args.chat_template,
-                 DTYPES.get(args.dtype))
-    save(model.tensors, model.config, model.tokenizer, args.out, progress=True)
-    size = sum(torch.Size(x.shape).numel() for x in model.tensors.values())
-    dtype = str(next(iter(model.tensors.values())).dtype).removeprefix("torch.")
+    tensors, config, tokenizer = read(args.llm, args.vision, args.llava, args.visual_path,
+                                      args.chat_template, DTYPES.get(args.dtype))
+    save(tensors, config, tokenizer, args.out, progress=True)
+    size = sum(torch.Size(x.shape).numel() for x in tensors.values())
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     print(f"{args.out}: {size / 1e6:,.1f}M parameters in {dtype}, visual path "
-          f"{model.config.visual_path.name}, chat template {model.config.chat_template}"
-          + (", new projector" if model.new else ""))
+          f"{config.visual_path.name}, chat template {config.chat_template}"
+          + (", new projector" if args.vision else ""))
 
 
 def parse() -> argparse.Namespace:

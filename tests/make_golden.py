@@ -356,8 +356,8 @@ def export_source(name: str, folder: Path) -> tuple[Path, Path]:
     from nanoeemllm.weights.export import export
     from nanoeemllm.weights.folder import save
     from nanoeemllm.weights.published import read
-    published = read(**{kind: GOLDEN / "sources" / place for kind, place in EXPORTS[name].items()})
-    save(published.tensors, published.config, published.tokenizer, folder / name)
+    sources = {kind: GOLDEN / "sources" / place for kind, place in EXPORTS[name].items()}
+    save(*read(**sources), folder / name)
     export(folder / name, folder / f"{name}-hf")
     return folder / name, folder / f"{name}-hf"
 

@@ -42,8 +42,7 @@ def convert(*args) -> None:
     model_folder.check_replaceable(out, "--force" in args)
     sources = {kind[2:].replace("-", "_"): value if kind == "--chat-template" else Path(value)
                for kind, value in flags.items() if kind != "--dtype"}
-    model = published.read(**sources, dtype=DTYPES.get(flags.get("--dtype")))
-    model_folder.save(model.tensors, model.config, model.tokenizer, out)
+    model_folder.save(*published.read(**sources, dtype=DTYPES.get(flags.get("--dtype"))), out)
 
 
 def converted(tmp_path, *args, **load):

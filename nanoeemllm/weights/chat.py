@@ -67,21 +67,31 @@ def jinja(name: str, after_bos: str = "") -> str:
     """One of our templates, as tokenizer_config.json has it. Content may be a text, or a list of
     images and texts. after_bos: a space, where the library puts none behind a special token."""
     ours = TEMPLATES[name]
-    write = lambda text: "{{ " + json.dumps(text) + " }}" if text else ""
-    turn = lambda text: "{{ text(m) }}".join(map(write, text.split("{}")))
-    end = write(ours.end) or "{{ eos_token }}"
-    default = ("{% if messages[0].role != 'system' %}" + write(ours.system_turn.format(ours.system))
-               + "{% endif %}") if ours.system else ""
-    between = "{% if loop.previtem is defined and loop.previtem.role == 'assistant' %}" + write(
-        ours.after) + "{% endif %}" if ours.after else ""
-    asked = "{% if add_generation_prompt %}" + write(ours.assistant) + "{% endif %}"
+    bos = "{{ bos_token }}{{ " + json.dumps(after_bos) + " }}" if ours.bos else ""
+    default = _write(ours.system_turn.format(ours.system)) if ours.system else ""
     return (
         "{% macro text(m) %}{% if m.content is string %}{{ m.content }}{% else %}"
         "{% for item in m.content %}{{ '<image>\\n' if item.type == 'image' else item.text }}"
         "{% endfor %}{% endif %}{% endmacro %}"
-        + ("{{ bos_token }}{{ " + json.dumps(after_bos) + " }}") * ours.bos
-        + default + "{% for m in messages %}"
-        + "{% if m.role == 'system' %}" + turn(ours.system_turn)
-        + "{% elif m.role == 'user' %}" + between + turn(ours.human_turn)
-        + "{% else %}" + write(ours.assistant + ours.lead) + "{{ text(m) }}" + end
-        + "{% endif %}{% endfor %}" + asked)
+        + bos + _when("messages[0].role != 'system'", default)
+        + "{% for m in messages %}{% if m.role == 'system' %}" + _turn(ours.system_turn)
+        + "{% elif m.role == 'user' %}"
+        + _when("loop.previtem is defined and loop.previtem.role == 'assistant'",
+                _write(ours.after))
+        + _turn(ours.human_turn)
+        + "{% else %}" + _write(ours.assistant + ours.lead) + "{{ text(m) }}"
+        + (_write(ours.end) or "{{ eos_token }}")
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + _write(ours.assistant)
+        + "{% endif %}")
+
+
+def _write(text: str) -> str:
+    return "{{ " + json.dumps(text) + " }}" if text else ""
+
+
+def _turn(text: str) -> str:
+    return "{{ text(m) }}".join(map(_write, text.split("{}")))
+
+
+def _when(condition: str, text: str) -> str:
+    return "{% if " + condition + " %}" + text + "{% endif %}" if text else ""

@@ -88,18 +88,11 @@ LLAVA_MUST = dict(projector_hidden_act="gelu", multimodal_projector_bias=True)
 LLAMA3_ROPE = [f.name for f in dataclasses.fields(RopeScaling)]
 
 
-class Published(NamedTuple):
-    """What there is to save as a model folder (folder.save)."""
-    tensors: dict[str, Tensor | Lazy]
-    config: ModelConfig
-    tokenizer: Tokenizer
-    new: set[str]                  # tensors that no source has: random ones, to be trained
-
-
 def read(llm: Path | None = None, vision: Path | None = None, llava: Path | None = None,
          visual_path: str | None = None, chat_template: str | None = None,
-         dtype: torch.dtype | None = None) -> Published:
-    """llm, with or without vision, or llava alone. dtype: as the language model is stored."""
+         dtype: torch.dtype | None = None) -> tuple[dict[str, Lazy], ModelConfig, Tokenizer]:
+    """llm, with or without vision, or llava alone -> what folder.save takes. dtype: as the language
+    model is stored. Weights that no source has are random ones, to be trained."""
     first = Source(llava, LLAVA) if llava else Source(llm, LLM)
     sources, text, encoder = [first], first.config, None
     if llava:
@@ -123,18 +116,17 @@ def read(llm: Path | None = None, vision: Path | None = None, llava: Path | None
         bos_token_ids=() if tokenizer.bos_id is None else (tokenizer.bos_id,))
 
     with torch.device("meta"):
-        expected, stored = EEMLLM(config).state_dict(), {}
+        expected, tensors = EEMLLM(config).state_dict(), {}
     for source in sources:
-        stored |= source.take(expected)
-    dtype = dtype or stored["decoder.norm.weight"].dtype
+        tensors |= source.take(expected)
+    dtype = dtype or tensors["decoder.norm.weight"].dtype
     if dtype not in DTYPES:
         raise UserError(f"{quoted(first.folder)} stores its weights in another type than "
                         f"{', '.join(DTYPES.values())}: give --dtype")
-    tensors = {name: Lazy(tuple(x.shape), dtype, functools.partial(x.to, dtype))
-               for name, x in stored.items()}
-    new = random_weights({name: expected[name] for name in expected if name not in stored}, config)
-    tensors |= {name: x.to(dtype) for name, x in new.items()}
-    return Published(tensors, config, tokenizer, set(new))
+    new = {name: x for name, x in expected.items() if name not in tensors}
+    for name, x in (tensors | random_weights(new, config)).items():
+        tensors[name] = Lazy(tuple(x.shape), dtype, functools.partial(x.to, dtype))
+    return tensors, config, tokenizer
 
 
 class Source:
@@ -162,11 +154,10 @@ class Source:
 
     def pass_over_vision(self, vision: VisionConfig, depth: int):
         """Features of an inner layer need neither the layers after it nor the last norm."""
-        prefix = re.escape(self.prefix["vision."])
-        for i in range(vision.num_hidden_layers, depth):
-            self.passed_over += rf"|{prefix}encoder\.layers\.{i}\."
         if not vision.post_layernorm:
-            self.passed_over += rf"|{prefix}post_layernorm\."
+            unused = "|".join(map(str, range(vision.num_hidden_layers, depth)))
+            prefix = re.escape(self.prefix["vision."])
+            self.passed_over += rf"|{prefix}(encoder\.layers\.({unused})\.|post_layernorm\.)"
 
     def take(self, expected: dict[str, Tensor]) -> dict[str, Tensor]:
         """Our tensors that this source has, in the order of its files."""
@@ -183,10 +174,8 @@ def published_name(ours: str, prefixes: dict[str, str]) -> str:
     prefix = next(prefix for prefix in prefixes if ours.startswith(prefix))
     rest = ours.removeprefix(prefix)
     if prefix == "vision.":
-        if rest.startswith("layers."):
-            rest = "encoder." + rest
-        elif "embedding" in rest:
-            rest = "embeddings." + rest
+        rest = re.sub(r"^(?=layers\.)", "encoder.", rest)
+        rest = re.sub(r"^(?=\w+_embedding\b)", "embeddings.", rest)
         rest = rest.replace("pre_layernorm", "pre_layrnorm")  # the published misspelling
     return prefixes[prefix] + rest
 
@@ -240,7 +229,7 @@ def vision_config(source: Source) -> tuple[VisionConfig, int]:
         layer = source.config.get("vision_feature_layer", -2)
         if type(layer) is not int or not -depth <= layer <= depth or layer == 0:
             raise UserError(f"{where}: vision_feature_layer {layer!r} is not one of {depth} layers")
-        layers = layer if layer > 0 else depth + 1 + layer
+        layers = layer % (depth + 1)                         # -1 is the last
         values |= dict(num_hidden_layers=layers, post_layernorm=layers == depth
                        and data.get("tie_last_hidden_states") is True)
     preparation = optional_json(source.folder / "preprocessor_config.json")
@@ -308,11 +297,12 @@ def token_ids(folder: Path, token: str, names: Tokenizer) -> tuple[int, ...]:
     for path in (folder / "generation_config.json", folder / "config.json"):
         where, data = quoted(path), optional_json(path)
         value = data.get(key, part(where, data, "text_config").get(key))
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        ids = read_typed(tuple[int, ...], values, f"{where}: {key}")
-        known = tuple(i for i in ids if i < names.vocab_size)
-        if known:
-            return known
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            ids = read_typed(tuple[int, ...], values, f"{where}: {key}")
+            known = tuple(i for i in ids if i < names.vocab_size)
+            if known:
+                return known
     name = optional_json(folder / "tokenizer_config.json").get(token)
     name = name.get("content") if isinstance(name, dict) else name
     found = names.id_of(name) if isinstance(name, str) else None
@@ -326,15 +316,16 @@ def _with_added_tokens(folder: Path):
     tokenizer = read_sentencepiece(folder / "tokenizer.model", about.get("legacy") is not False)
     added = {}
     try:
-        for text, i in more.items():
-            added[int(i)] = AddedToken(text, special=True, normalized=False)
-        for i, token in about.get("added_tokens_decoder", {}).items():
+        tokens = {str(i): {"content": text} for text, i in more.items()}
+        tokens |= about.get("added_tokens_decoder", {})
+        for i, token in tokens.items():
             added[int(i)] = AddedToken(token["content"], special=token.get("special", True),
                                        normalized=False)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{quoted(folder)}: tokenizer_config.json and added_tokens.json must give "
                         "every added token's id and text") from None
-    for i, token in sorted(added.items(), key=lambda pair: pair[0]):
+    for i in sorted(added):
+        token = added[i]
         (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
         if tokenizer.token_to_id(token.content) != i:
             raise UserError(f"{quoted(folder)}: the added token {token.content!r} should be id {i},"

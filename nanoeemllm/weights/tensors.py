@@ -30,43 +30,44 @@ class Lazy(NamedTuple):
     dtype: torch.dtype
     load: Callable[[], Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
 
 # ---- reading ----
 
 def read_weights(folder: Path, device: str = "cpu", unlisted: bool = False) -> dict[str, Tensor]:
     """Every tensor of model*.safetensors or pytorch_model*.bin that the index lists, or without an
     index all; unlisted: all that the files hold, in any case."""
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
-        index, files = folder / (name + ".index.json"), {folder / name: []}
-        if not index.exists() and not (folder / name).exists():
-            continue
+    for file, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
+        index, held = folder / (file + ".index.json"), {}
         if index.exists():
-            files = read_index(index)
-        tensors = {}
-        for path, names in files.items():
-            held = read(path, device)
-            absent = sorted(set(names) - held.keys())
-            if absent:
-                raise UserError(f"{quoted(path)} lacks {len(absent)} tensors that the index places "
-                                f"in it: {_first(absent)}")
-            if names and not unlisted:
-                held = {name: held[name] for name in names}
-            tensors |= held
-        return tensors
+            listed = read_index(index)
+        elif (folder / file).exists():
+            listed = {}
+        else:
+            continue
+        for part in dict.fromkeys(listed.values()) or [file]:
+            held |= read(folder / part, device)
+        for name in listed:
+            if name not in held:
+                raise UserError(f"{quoted(index)} lists {name}, which no file holds")
+        names = sorted(listed, key=listed.get)               # file by file
+        return {name: held[name] for name in (held if unlisted else names or held)}
     raise UserError(f"{quoted(folder)} has no weights: neither model.safetensors nor "
                     "pytorch_model.bin, nor an index of either")
 
 
-def read_index(path: Path) -> dict[Path, list[str]]:
-    """file -> the tensors in it. Raises UserError for an index that leaves its folder."""
-    weight_map, files = read_json(path).get("weight_map"), {}
-    if not isinstance(weight_map, dict) or not weight_map:
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor -> its file. Raises UserError for an index that leaves its folder."""
+    listed = read_json(path).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
         raise UserError(f"{quoted(path)}: weight_map must say in which file each tensor is")
-    for name, file in weight_map.items():
+    for file in listed.values():
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]*\w", file):
             raise UserError(f"{quoted(path)}: {file!r} is not the name of a file in this folder")
-        files.setdefault(path.parent / file, []).append(name)
-    return files
+    return listed
 
 
 def read_safetensors(path: Path, device: str) -> dict[str, Tensor]:
@@ -98,21 +99,21 @@ def read_bin(path: Path, device: str) -> dict[str, Tensor]:
 
 def check_tensors(where, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]):
     """Raises one UserError that names what is missing, unexpected, or of another shape."""
-    wrong = []
-    for name in sorted(expected.keys() & found.keys()):
-        shape, right = tuple(found[name].shape), tuple(expected[name].shape)
-        if shape != right:
-            wrong.append(f"{name} is {shape}, not {right}")
-    problems = {"missing": sorted(expected.keys() - found.keys()),
-                "unexpected": sorted(found.keys() - expected.keys()), "of another shape": wrong}
-    lines = [f"{len(names)} {what}: {_first(names)}" for what, names in problems.items() if names]
+    right = {name: tuple(x.shape) for name, x in expected.items()}
+    shapes = {name: tuple(x.shape) for name, x in found.items()}
+    problems = {
+        "missing": [name for name in right if name not in shapes],
+        "unexpected": [name for name in shapes if name not in right],
+        "of another shape": [f"{name} is {shapes[name]}, not {right[name]}" for name in right
+                             if shapes.get(name, right[name]) != right[name]]}
+    lines = []
+    for what, names in problems.items():
+        if names:
+            more = ", ..." if len(names) > 10 else ""
+            lines.append(f"{len(names)} {what}: {', '.join(names[:10])}{more}")
     if lines:
         raise UserError(f"{quoted(where)}: the tensors do not fit the configuration. "
                         + "; ".join(lines))
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 # ---- writing ----
@@ -121,17 +122,17 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor | Lazy], progress: 
     """Shards and their index, as transformers names them."""
     shards, size, weight_map = [{}], 0, {}
     for name, x in tensors.items():
-        size += _bytes(x)
-        if size > SHARD_BYTES and shards[-1]:
+        if shards[-1] and size + x.nbytes > SHARD_BYTES:
             shards.append({})
-            size = _bytes(x)
+            size = 0
         shards[-1][name] = x
+        size += x.nbytes
     with tqdm(total=len(tensors), unit="tensor", disable=None if progress else True) as bar:
         for number, shard in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             _write_shard(folder / file, shard, bar)
             weight_map |= dict.fromkeys(shard, file)
-    total = sum(map(_bytes, tensors.values()))
+    total = sum(x.nbytes for x in tensors.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
@@ -140,7 +141,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor | Lazy], bar: tqdm):
     The library's own writer would hold all of them."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, x in tensors.items():
-        start, end = end, end + _bytes(x)
+        start, end = end, end + x.nbytes
         header[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape),
                         "data_offsets": [start, end]}
     text = json.dumps(header).encode()
@@ -151,10 +152,6 @@ def _write_shard(path: Path, tensors: dict[str, Tensor | Lazy], bar: tqdm):
             x = x.load() if isinstance(x, Lazy) else x
             file.write(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             bar.update()
-
-
-def _bytes(x: Tensor | Lazy) -> int:
-    return x.dtype.itemsize * math.prod(x.shape)
 
 
 def write_json(path: Path, data: dict):
