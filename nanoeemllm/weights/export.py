@@ -18,12 +18,13 @@ from torch import Tensor
 
 from nanoeemllm.border.files import quoted, replace_folder
 from nanoeemllm.config import ModelConfig, UserError, VisionConfig
+from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import IMAGE_TEXT
 from nanoeemllm.weights.chat import jinja
-from nanoeemllm.weights.folder import is_model, read_config, read_tokenizer
-from nanoeemllm.weights.published import (ACTIVATIONS, ENCODERS, LLAVA, LLAVA_MUST, LLM, TOWER,
-                                          VISION_STRATEGY, published_name)
-from nanoeemllm.weights.tensors import Lazy, read_weights, write_json, write_weights
+from nanoeemllm.weights.folder import is_model, load, read_config
+from nanoeemllm.weights.published import (ACTIVATIONS, ENCODERS, LLAMA_SAYS, LLAVA, LLAVA_SAYS, LLM,
+                                          TOWER, VISION_STRATEGY, published_name)
+from nanoeemllm.weights.tensors import Lazy, write_json, write_weights
 from nanoeemllm.weights.tokenizer import Tokenizer, without_prepend
 
 
@@ -34,21 +35,22 @@ def export(model: Path, out: Path) -> str:
     if not is_model(model):
         raise UserError(f"{quoted(model)} is no model folder; --to-hf writes one out")
     config = read_config(model)
-    tokenizer = read_tokenizer(model, config)
+    if config.vision is not None:
+        check(config)
+    loaded = load(model, device="cpu")                       # mapped from the files
+    tokenizer = loaded.tokenizer
     library = tokenizer_with(tokenizer, config)
     layouts, rows = LLM, config.llama.vocab_size
     if config.vision is not None:
-        check(config)
         layouts, image_id = LLAVA, library.token_to_id(IMAGE_TEXT)
         rows = max(rows, image_id + 1)
     (name, layout), = layouts.items()
-    tensors = export_tensors(model, config, layout.parts, rows)
+    tensors = export_tensors(loaded, layout.parts, rows)
     files = text_configurations(config, tokenizer, rows)
     if config.vision is not None:
         add_vision(files, config.vision, image_id)
-    dtype = next(iter(tensors.values())).dtype
     files["config.json"] |= {"architectures": [name], "model_type": layout.model_type,
-                             "torch_dtype": str(dtype).removeprefix("torch.")}
+                             "torch_dtype": str(loaded.dtype).removeprefix("torch.")}
     with replace_folder(out) as aside:
         write_weights(aside, tensors, progress=True)
         for file, data in files.items():
@@ -78,10 +80,10 @@ def check(config: ModelConfig):
 
 # ---- weights ----
 
-def export_tensors(folder: Path, config: ModelConfig, parts: dict[str, tuple[str, ...]],
+def export_tensors(model: EEMLLM, parts: dict[str, tuple[str, ...]],
                    rows: int) -> dict[str, Tensor | Lazy]:
     """By their published names. rows: of the vocabulary's tables."""
-    ours, vision = read_weights(folder), config.vision
+    ours, vision = dict(model.state_dict()), model.config.vision
     if vision is not None:
         patches = ours["vision.patch_embedding.weight"]
         size = (3, vision.patch_size, vision.patch_size)
@@ -126,8 +128,7 @@ def text_configurations(config: ModelConfig, tokenizer: Tokenizer, rows: int) ->
     llama, rope = config.llama, config.llama.rope_scaling
     stops = list(dict.fromkeys([*tokenizer.eos_ids, tokenizer.end_id(config.chat_template)]))
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": stops[0]}
-    text = {**dataclasses.asdict(llama), **ids, "vocab_size": rows, "hidden_act": "silu",
-            "model_type": "llama", "attention_bias": False, "mlp_bias": False,
+    text = {**dataclasses.asdict(llama), **LLAMA_SAYS, **ids, "vocab_size": rows,
             "rope_scaling": rope and {"rope_type": "llama3", **dataclasses.asdict(rope)}}
     end, has_bos = tokenizer.name_of(stops[0]), tokenizer.bos_id is not None
     after_bos = "" if tokenizer.prefix_after_special else " "
@@ -151,7 +152,7 @@ def add_vision(files: dict[str, dict], vision: VisionConfig, image_id: int):
     processor = {"processor_class": "LlavaProcessor", "image_token": IMAGE_TEXT}
     square = {"height": vision.image_size, "width": vision.image_size}
     files["config.json"] = {
-        **LLAVA_MUST, **strategy, "text_config": text, "vision_config": encoder,
+        **LLAVA_SAYS, **strategy, "text_config": text, "vision_config": encoder,
         "vision_feature_layer": -1, "image_token_index": image_id,
         "image_seq_length": vision.grid_size ** 2,
         "tie_word_embeddings": text["tie_word_embeddings"]}

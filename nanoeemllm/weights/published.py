@@ -81,10 +81,10 @@ LLAVA_VISION = dict(             # where LLaVA has no vision_config at all
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
     image_size=336, patch_size=14)
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}     # ours -> theirs
-# These must have these values where they are given: other ones compute what we do not.
-LLAMA_MUST = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False,
-                  partial_rotary_factor=1.0, rope_interleaved=False)
-LLAVA_MUST = dict(projector_hidden_act="gelu", multimodal_projector_bias=True)
+# These must have these values where they are given: other ones compute what we do not. We say them.
+LLAMA_SAYS = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
+LLAMA_MUST = dict(LLAMA_SAYS, partial_rotary_factor=1.0, rope_interleaved=False)
+LLAVA_SAYS = dict(projector_hidden_act="gelu", multimodal_projector_bias=True)
 LLAMA3_ROPE = [f.name for f in dataclasses.fields(RopeScaling)]
 
 
@@ -96,7 +96,7 @@ def read(llm: Path | None = None, vision: Path | None = None, llava: Path | None
     first = Source(llava, LLAVA) if llava else Source(llm, LLM)
     sources, text, encoder = [first], first.config, None
     if llava:
-        check_values(first.where, first.config, LLAVA_MUST)
+        check_values(first.where, first.config, LLAVA_SAYS)
         text = part(first.where, first.config, "text_config")
     llama = llama_config(first.where, text)
     if llama.tie_word_embeddings:
