@@ -11,8 +11,8 @@ and out again, as transformers loads it (LlavaForConditionalGeneration, or Llama
     python convert_weights.py --to-hf weights/eemllm-7b --out eemllm-7b-hf
 
 A source is a folder as the hub has it. Between --llm and --vision stands a new, random projector:
-train.py's first stage teaches it. Tensors go from file to file one at a time: at most one .bin file
-of the source is in memory.
+train.py's first stage teaches it. Tensors go from file to file one at a time; only a .bin from
+before PyTorch 1.6 is held in memory whole.
 """
 
 import argparse

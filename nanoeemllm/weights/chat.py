@@ -34,10 +34,11 @@ def choose_template(folder: Path, tokenizer: Tokenizer) -> str:
     text = stored_template(folder)
     if text is not None:
         known = KNOWN | {fingerprint(jinja(name)): name for name in TEMPLATES}
-        if fingerprint(text) not in known:
+        found = known.get(fingerprint(text))
+        if found is None:
             raise UserError(f"the chat template of {quoted(folder)} is not a known one: say which "
                             f"comes close, --chat-template {'|'.join(TEMPLATES)}")
-        return known[fingerprint(text)]
+        return found
     for name, token in (("chatml", "<|im_start|>"), ("llama3", "<|start_header_id|>")):
         if tokenizer.id_of(token) is not None:
             return name

@@ -1,4 +1,4 @@
-"""Published folders, as the hub has them -> our configuration, tokenizer and tensors, unread.
+"""Published folders, as the hub has them -> our configuration, tokenizer and tensors.
 
 A folder's configuration says more than sizes: which tokens end an answer, whether a text begins
 with BOS, and how a chat is written. It is believed in that order: generation_config.json,
@@ -130,7 +130,7 @@ def read(llm: Path | None = None, vision: Path | None = None, llava: Path | None
 
 
 class Source:
-    """A published folder: its config, and its tensors, unread."""
+    """A published folder: its config, and its tensors, mapped from the files."""
 
     def __init__(self, folder: Path, layouts: dict[str, Layout]):
         self.folder, self.where = folder, quoted(folder / "config.json")
@@ -138,9 +138,9 @@ class Source:
         if "llama" in self.config:
             raise UserError(f"{self.where} is a model folder of ours, not a published one")
         by_type = {layout.model_type: name for name, layout in layouts.items()}
-        by_type = by_type.get(str(self.config.get("model_type")))
-        names = self.config.get("architectures") or [by_type]
-        self.architecture = str(names[0]) if isinstance(names, list) else "none"
+        named = self.config.get("architectures")
+        named = named or [by_type.get(str(self.config.get("model_type")))]
+        self.architecture = str(named[0]) if isinstance(named, list) else "none"
         if self.architecture not in layouts:
             raise UserError(f"{self.where}: architecture {self.architecture} is not supported here;"
                             f" supported: {', '.join(layouts)}")
