@@ -163,11 +163,16 @@ class Source:
         """Our tensors that this source has, in the order of its files."""
         ours = {published_name(name, self.prefix): name
                 for name in expected if name.startswith(tuple(self.prefix))}
-        # Theirs cuts patches by a convolution, ours multiplies them by a matrix.
-        found = {name: x.flatten(1) if x.dim() == 4 else x for name, x in self.tensors.items()
+        found = {name: without_convolution(x) for name, x in self.tensors.items()
                  if not re.match(self.passed_over, name)}
         check_tensors(self.folder, {name: expected[ours[name]] for name in ours}, found)
         return {ours[name]: x for name, x in found.items()}
+
+
+def without_convolution(x: Tensor) -> Tensor:
+    """Theirs cuts patches by a convolution (C, 3, p, p), ours multiplies them by a matrix."""
+    cuts_patches = x.dim() == 4 and x.shape[1] == 3 and x.shape[2] == x.shape[3]
+    return x.flatten(1) if cuts_patches else x
 
 
 def published_name(ours: str, prefixes: dict[str, str]) -> str:
@@ -216,8 +221,8 @@ def vision_config(source: Source) -> tuple[VisionConfig, int]:
         if kind not in VISION_STRATEGY:
             raise UserError(f"{where}: a {kind} encoder is not supported; supported: "
                             + ", ".join(VISION_STRATEGY))
-        strategy = {"vision_feature_select_strategy": "default"} | source.config
-        check_values(where, strategy, {"vision_feature_select_strategy": VISION_STRATEGY[kind]})
+        key = "vision_feature_select_strategy"
+        check_values(where, {key: source.config.get(key) or "default"}, {key: VISION_STRATEGY[kind]})
     family = kind.removesuffix("_vision_model")
     values = ENCODERS[family]
     check_values(where, data, {"hidden_act": ACTIVATIONS[values["hidden_act"]], "num_channels": 3})
