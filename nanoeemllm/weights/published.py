@@ -222,7 +222,8 @@ def vision_config(source: Source) -> tuple[VisionConfig, int]:
             raise UserError(f"{where}: a {kind} encoder is not supported; supported: "
                             + ", ".join(VISION_STRATEGY))
         key = "vision_feature_select_strategy"
-        check_values(where, {key: source.config.get(key) or "default"}, {key: VISION_STRATEGY[kind]})
+        strategy = source.config.get(key) or "default"
+        check_values(where, {key: strategy}, {key: VISION_STRATEGY[kind]})
     family = kind.removesuffix("_vision_model")
     values = ENCODERS[family]
     check_values(where, data, {"hidden_act": ACTIVATIONS[values["hidden_act"]], "num_channels": 3})
