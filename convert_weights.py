@@ -11,8 +11,8 @@ and out again, as transformers loads it (LlavaForConditionalGeneration, or Llama
     python convert_weights.py --to-hf weights/eemllm-7b --out eemllm-7b-hf
 
 A source is a folder as the hub has it. Between --llm and --vision stands a new, random projector:
-train.py's first stage teaches it. Tensors go from file to file one at a time: at most one .bin file
-of the source is in memory.
+train.py's first stage teaches it. Tensors go from file to file one at a time; only a .bin from
+before PyTorch 1.6 is held in memory whole.
 """
 
 import argparse
@@ -35,14 +35,14 @@ def main():
         print(f"{args.out}: written as {export(args.to_hf, args.out)}")
         return
     check_replaceable(args.out, args.force)
-    model = read(args.llm, args.vision, args.llava, args.visual_path, args.chat_template,
-                 DTYPES.get(args.dtype))
-    save(model.tensors, model.config, model.tokenizer, args.out, progress=True)
-    size = sum(torch.Size(x.shape).numel() for x in model.tensors.values())
-    dtype = str(next(iter(model.tensors.values())).dtype).removeprefix("torch.")
+    tensors, config, tokenizer = read(args.llm, args.vision, args.llava, args.visual_path,
+                                      args.chat_template, DTYPES.get(args.dtype))
+    save(tensors, config, tokenizer, args.out, progress=True)
+    size = sum(torch.Size(x.shape).numel() for x in tensors.values())
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     print(f"{args.out}: {size / 1e6:,.1f}M parameters in {dtype}, visual path "
-          f"{model.config.visual_path.name}, chat template {model.config.chat_template}"
-          + (", new projector" if model.new else ""))
+          f"{config.visual_path.name}, chat template {config.chat_template}"
+          + (", new projector" if args.vision else ""))
 
 
 def parse() -> argparse.Namespace:

@@ -134,8 +134,9 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
                 raise Stopped(f"stopped after step {step + 1} of {config.steps}; it is saved: run "
                               "the same command with --resume to go on")
             start, waited = time.perf_counter(), loader.waited
-            bar.start_t += start - paused        # the time left is that of training steps alone
-            bar.last_print_t += start - paused
+            if not bar.disable:                  # the time left is that of training steps alone
+                bar.start_t += start - paused
+                bar.last_print_t += start - paused
         run.draw_curve()
         return group.sum(len(caught))[0] > 0
 

@@ -12,8 +12,8 @@ text tokens, an image of two, and one more text token:
     query 9      1  1  1  1  1  1  1  1  1  1          5            5
 
 Rows of all samples lie packed in one tensor, without padding; a `Span` says which belong to which
-sample. Three functions have one signature: `attention_reference` is the rule written down,
-`attention_sdpa` is PyTorch's own attention, and kernels/ is the rule in Triton, for GPUs.
+sample. `attention_reference` is the rule written down, `attention_sdpa` is PyTorch's own attention,
+and kernels/ is the rule in Triton, for GPUs.
 """
 
 import contextlib
@@ -162,13 +162,13 @@ def make_blocks(sees: Visibility) -> list[Block]:
             continue
         is_causal = Q > 1 and not visual[-1] and text == list(range(1, Q + 1))
         uniform = text[0] == text[-1] and visual[0] == visual[-1]
-        for first in range(0, Q, Q if is_causal or uniform else _BLOCK):
-            stop = Q if is_causal or uniform else min(first + _BLOCK, Q)
+        size = Q if is_causal or uniform else _BLOCK
+        for first in range(0, Q, size):
+            stop = min(first + size, Q)
             rows = slice(q_start + first, q_start + stop)
             V, T = visual[stop - 1], text[stop - 1]
-            mask = blind = None
-            if not is_causal and not uniform:
-                mask, blind = split_blind(visible(sees, rows, V, T))
+            masked = not (is_causal or uniform)
+            mask, blind = split_blind(visible(sees, rows, V, T)) if masked else (None, None)
             block = Block(rows, slice(v_start, v_start + V), slice(t_start, t_start + T), 1, mask,
                           blind, is_causal)
             if V + T and not (blocks and uniform and merge(blocks, block)):
@@ -217,7 +217,7 @@ def attention_sdpa(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
 
 def is_partition(slices: list[slice], rows: int) -> bool:    # one behind the other, all rows
     ends = [0, *(s.stop for s in slices)]
-    return ends[-1] == rows and all(s.start == end for s, end in zip(slices, ends))
+    return [*(s.start for s in slices), rows] == ends
 
 
 def pieces(x: Tensor, slices: list[slice]) -> list[Tensor]:

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = {"square": (400, 400), "wide": (1500, 420), "tall": (90, 500), "tiny": (5, 3)}
@@ -217,7 +218,6 @@ def make_llamas(expected: dict):
 
 def published_vicuna(folder: Path):
     """Two .bin shards with RoPE's constants among them, half of config.json left out."""
-    from safetensors.torch import load_file
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     for i in range(2):
@@ -259,7 +259,6 @@ def make_towers(expected: dict):
     for name in ("siglip", "clip", "idefics2"):  # the hub's files give only what is not the default
         config = json.loads((source(name) / "config.json").read_text())["vision_config"]
         edit(source(name), {"vision_config": {key: config[key] for key in keep}})
-    from safetensors.torch import load_file
     tensors = load_file(source("clip") / "model.safetensors")
     (source("clip") / "model.safetensors").unlink()
     tensors["vision_model.embeddings.position_ids"] = torch.arange(50)[None]
@@ -356,8 +355,8 @@ def export_source(name: str, folder: Path) -> tuple[Path, Path]:
     from nanoeemllm.weights.export import export
     from nanoeemllm.weights.folder import save
     from nanoeemllm.weights.published import read
-    published = read(**{kind: GOLDEN / "sources" / place for kind, place in EXPORTS[name].items()})
-    save(published.tensors, published.config, published.tokenizer, folder / name)
+    sources = {kind: GOLDEN / "sources" / place for kind, place in EXPORTS[name].items()}
+    save(*read(**sources), folder / name)
     export(folder / name, folder / f"{name}-hf")
     return folder / name, folder / f"{name}-hf"
 
@@ -367,8 +366,12 @@ def exported_files(folder: Path) -> dict:
     are compared by check_words.)"""
     files = {path.name: json.loads(path.read_text())
              for path in folder.glob("*.json") if path.name != "tokenizer.json"}
-    weights = b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
-    return files | {"weights": hashlib.sha256(weights).hexdigest()}
+    weights = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, x in sorted(load_file(path).items()):
+            weights.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
+            weights.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+    return files | {"weights": weights.hexdigest()}
 
 
 def make_exports(expected: dict):

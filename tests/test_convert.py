@@ -20,7 +20,7 @@ from nanoeemllm.config import PRESETS, UserError
 from nanoeemllm.data.images import prepare_image
 from nanoeemllm.paths import make
 from nanoeemllm.prompt import encode_prompt
-from nanoeemllm.weights import chat, folder as model_folder, published
+from nanoeemllm.weights import chat, folder as model_folder, published, tensors
 from nanoeemllm.weights.export import export
 from tests.make_golden import (EXPORTS, GOLDEN, PROBE, SIZES, STRIDE, export_source, exported_files,
                                picture)
@@ -42,8 +42,7 @@ def convert(*args) -> None:
     model_folder.check_replaceable(out, "--force" in args)
     sources = {kind[2:].replace("-", "_"): value if kind == "--chat-template" else Path(value)
                for kind, value in flags.items() if kind != "--dtype"}
-    model = published.read(**sources, dtype=DTYPES.get(flags.get("--dtype")))
-    model_folder.save(model.tensors, model.config, model.tokenizer, out)
+    model_folder.save(*published.read(**sources, dtype=DTYPES.get(flags.get("--dtype"))), out)
 
 
 def converted(tmp_path, *args, **load):
@@ -205,7 +204,7 @@ def test_added_tokens_beside_tokenizer_model(tmp_path):
 
 
 def test_shards_of_limited_size_load_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_folder, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 20_000)
     model = converted(tmp_path, "--llm", SOURCES / "vicuna")
     files = sorted((tmp_path / "model").glob("model-*.safetensors"))
     assert len(files) > 3 and all(f"of-{len(files):05d}" in file.name for file in files)
@@ -433,7 +432,7 @@ def test_every_visual_path_loads_and_answers(path, tmp_path):
     (lambda folder: (folder / "config.json").unlink(), "config.json"),
     (lambda folder: edit(folder / "config.json", lambda c: c["llama"].update(num_hidden_layers=3)), "9 missing"),
     (lambda folder: edit(folder / "config.json", lambda c: c.update(wings=2)), "wings"),
-    (lambda folder: edit(folder / model_folder.INDEX, lambda i: i["weight_map"].update(x="../x")), "../x"),
+    (lambda folder: edit(folder / INDEX, lambda i: i["weight_map"].update(x="../x")), "../x"),
     (lambda folder: next(folder.glob("model-*.safetensors")).write_bytes(b"123"), "cut off"),
     (lambda folder: next(folder.glob("model-*.safetensors")).unlink(), "no such file"),
 ])

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nanoeemllm.attention import Keys, attention_reference, compute, use_attention
 from nanoeemllm.border.files import write_aside
-from nanoeemllm.config import IMAGE_TOKEN, UserError, VisionConfig
+from nanoeemllm.config import UserError, VisionConfig
 from nanoeemllm.data.images import prepare_image
+from nanoeemllm.layout import build_layout
 
 SIDE, GAP, LABEL = 168, 10, 22          # pixels: an image's longer side, between images, a label
 COLUMNS = 6                             # most images in a row
@@ -27,12 +28,18 @@ def attention_to_images(model, ids: list[int], images: list, answer: list[int]) 
     """(layers that see images, answer tokens, V): what each token of the answer paid to each visual
     token."""
     read, layers = ids + answer[:-1], []
-    T = sum(token != IMAGE_TOKEN for token in read)
+    grids = [prepare_image(image, model.config.vision)[1] for image in images]
+    _, layout = build_layout([read], [grids])
+    layout, T = layout.to(model.device), layout.num_text
+    text, visual = layout.position.long().split([T, layout.num_visual])
 
     def record(q, keys, sees):
-        is_text = len(q) == T and sees.query is not sees.visual      # LLaVA's visual rows ask, too
-        if is_text and sees.visual.max_length:
-            layers.append(weights_of_visual(q, keys, sees)[T - len(answer):].cpu())
+        asked = q, keys, sees
+        if len(q) == len(layout.position):       # LLaVA's rows of both kinds, merged by position
+            k, v = keys.k_text, keys.v_text
+            asked = q[text], Keys(k[visual], v[visual], k[text], v[text]), layout.text_queries
+        if len(asked[0]) == T and asked[2].visual.max_length:
+            layers.append(weights_of_visual(*asked)[T - len(answer):].cpu())
         return compute(q, keys, sees)
 
     with use_attention(record):

@@ -34,12 +34,13 @@ def choose_template(folder: Path, tokenizer: Tokenizer) -> str:
     text = stored_template(folder)
     if text is not None:
         known = KNOWN | {fingerprint(jinja(name)): name for name in TEMPLATES}
-        if fingerprint(text) not in known:
+        found = known.get(fingerprint(text))
+        if found is None:
             raise UserError(f"the chat template of {quoted(folder)} is not a known one: say which "
                             f"comes close, --chat-template {'|'.join(TEMPLATES)}")
-        return known[fingerprint(text)]
+        return found
     for name, token in (("chatml", "<|im_start|>"), ("llama3", "<|start_header_id|>")):
-        if tokenizer.has(token):
+        if tokenizer.id_of(token) is not None:
             return name
     return "vicuna_v1"
 
@@ -67,21 +68,31 @@ def jinja(name: str, after_bos: str = "") -> str:
     """One of our templates, as tokenizer_config.json has it. Content may be a text, or a list of
     images and texts. after_bos: a space, where the library puts none behind a special token."""
     ours = TEMPLATES[name]
-    write = lambda text: "{{ " + json.dumps(text) + " }}" if text else ""
-    turn = lambda text: "{{ text(m) }}".join(map(write, text.split("{}")))
-    end = write(ours.end) or "{{ eos_token }}"
-    default = ("{% if messages[0].role != 'system' %}" + write(ours.system_turn.format(ours.system))
-               + "{% endif %}") if ours.system else ""
-    between = "{% if loop.previtem is defined and loop.previtem.role == 'assistant' %}" + write(
-        ours.after) + "{% endif %}" if ours.after else ""
-    asked = "{% if add_generation_prompt %}" + write(ours.assistant) + "{% endif %}"
+    bos = "{{ bos_token }}{{ " + json.dumps(after_bos) + " }}" if ours.bos else ""
+    default = _write(ours.system_turn.format(ours.system)) if ours.system else ""
     return (
         "{% macro text(m) %}{% if m.content is string %}{{ m.content }}{% else %}"
         "{% for item in m.content %}{{ '<image>\\n' if item.type == 'image' else item.text }}"
         "{% endfor %}{% endif %}{% endmacro %}"
-        + ("{{ bos_token }}{{ " + json.dumps(after_bos) + " }}") * ours.bos
-        + default + "{% for m in messages %}"
-        + "{% if m.role == 'system' %}" + turn(ours.system_turn)
-        + "{% elif m.role == 'user' %}" + between + turn(ours.human_turn)
-        + "{% else %}" + write(ours.assistant + ours.lead) + "{{ text(m) }}" + end
-        + "{% endif %}{% endfor %}" + asked)
+        + bos + _when("messages[0].role != 'system'", default)
+        + "{% for m in messages %}{% if m.role == 'system' %}" + _turn(ours.system_turn)
+        + "{% elif m.role == 'user' %}"
+        + _when("loop.previtem is defined and loop.previtem.role == 'assistant'",
+                _write(ours.after))
+        + _turn(ours.human_turn)
+        + "{% else %}" + _write(ours.assistant + ours.lead) + "{{ text(m) }}"
+        + (_write(ours.end) or "{{ eos_token }}")
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + _write(ours.assistant)
+        + "{% endif %}")
+
+
+def _write(text: str) -> str:
+    return "{{ " + json.dumps(text) + " }}" if text else ""
+
+
+def _turn(text: str) -> str:
+    return "{{ text(m) }}".join(map(_write, text.split("{}")))
+
+
+def _when(condition: str, text: str) -> str:
+    return "{% if " + condition + " %}" + text + "{% endif %}" if text else ""

@@ -15,7 +15,7 @@ which reads some rows of combining marks differently.
 
 import re
 import struct
-from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import tokenizers
@@ -26,69 +26,76 @@ from nanoeemllm.config import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
-BPE_MODEL = 2
 
 
 def read_sentencepiece(path: Path, prefix_everywhere: bool = True) -> tokenizers.Tokenizer:
     """prefix_everywhere: text behind a special token gets a dummy space too (transformers'
     "legacy"), else only text at the very beginning. Raises UserError for a file that is damaged or
     no BPE model."""
+    texts = {kind: [] for kind in range(1, 7)}
+    scores = {}                                              # of all pieces, in the order of ids
     try:
         with open_regular(path) as file:
-            model = _fields(file.read())
-        pieces = [_piece(_fields(data)) for data in model[1]]
-        trainer = _fields(model[2][0]) if 2 in model else {}
-        normalizer = _fields(model[3][0]) if 3 in model else {}
-    except (TypeError, IndexError, KeyError, ValueError, struct.error):
+            model = list(_fields(file.read()))
+        pieces = [data for number, data in model if number == 1]
+        for data in pieces:
+            piece = dict(_fields(data))
+            text = piece[1].decode()
+            texts[piece.get(3, NORMAL)].append(text)
+            scores[text] = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
+        model = dict(model)
+        trainer = dict(_fields(model.get(2, b"")))
+        normalizer = dict(_fields(model.get(3, b"")))
+        if not 0 < len(scores) == len(pieces):               # none, or one of them twice
+            raise ValueError
+    except (AttributeError, TypeError, IndexError, KeyError, ValueError, struct.error):
         raise UserError(f"{quoted(path)} is no SentencePiece model, or is cut off") from None
-    _check(path, trainer, pieces)
+    _check(path, trainer, texts)
 
-    vocabulary = {text: i for i, (text, _, _) in enumerate(pieces)}
-    unknown = next(text for text, _, kind in pieces if kind == UNKNOWN)
-    joined = [text for text, _, kind in pieces if kind == USER_DEFINED]
+    joined, special = texts[USER_DEFINED], texts[UNKNOWN] + texts[CONTROL]
     # ignore_merges: a stretch that is itself in the vocabulary is one token; for `joined` alone
     tokenizer = tokenizers.Tokenizer(models.BPE(
-        vocabulary, _merges(pieces), unk_token=unknown, fuse_unk=True,
-        byte_fallback=_number(trainer, 35, 0) == 1, ignore_merges=bool(joined)))
-    prefix = _number(normalizer, 3, 1) == 1
-    space = SPACE if _number(normalizer, 5, 1) == 1 else " "
-    tokenizer.normalizer = _normalizer(normalizer, space, prefix)
+        {text: i for i, text in enumerate(scores)}, _merges(texts[NORMAL], scores),
+        unk_token=texts[UNKNOWN][0], fuse_unk=True, byte_fallback=trainer.get(35) == 1,
+        ignore_merges=bool(joined)))
+    prefix = normalizer.get(3, 1) == 1
+    tokenizer.normalizer = _normalizer(normalizer, prefix)
     splits = []
     if prefix and not prefix_everywhere:
-        # Adds nothing, as the normalizer has put a space there; prompt.Tokenizer reads "first".
+        # Adds nothing, as the normalizer has put a space there; weights.Tokenizer reads "first".
         splits.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
     if joined:
         patterns = [re.escape(text) for text in sorted(joined, key=len, reverse=True)]
         # "</s>" written as text must not stand alone: ignore_merges would read the control token.
-        patterns += [f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text, _, kind in pieces
-                     if kind in (UNKNOWN, CONTROL, BYTE)]
+        patterns += [f"{re.escape(text[0])}(?={re.escape(text[1:])})"
+                     for text in special + texts[BYTE]]
         splits.append(pre_tokenizers.Split(Regex("|".join(patterns)), "isolated"))
     if splits:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)
-                                  for text, _, kind in pieces if kind in (UNKNOWN, CONTROL)])
+                                  for text in special])
     return tokenizer
 
 
-def _check(path: Path, trainer: dict, pieces: list) -> None:
-    kind = _number(trainer, 3, 1)
-    if kind != BPE_MODEL:
-        name = {1: "unigram", 3: "word", 4: "char"}.get(kind, kind)
-        raise UserError(f"{quoted(path)} is a SentencePiece {name} model; supported: BPE")
-    if _number(trainer, 24, 0):
-        raise UserError(f"{quoted(path)} puts spaces behind words; supported: before words")
-    kinds = {kind for _, _, kind in pieces}
-    if UNUSED in kinds or UNKNOWN not in kinds:
-        raise UserError(f"{quoted(path)} has unused pieces, or none for the unknown; neither is "
-                        "supported")
+def _check(path: Path, trainer: dict, texts: dict[int, list[str]]):
+    kind = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}.get(trainer.get(3, 1), "other")
+    why = None
+    if kind != "BPE":
+        why = f"is a SentencePiece {kind} model; supported: BPE"
+    elif trainer.get(24):
+        why = "puts spaces behind words; supported: before words"
+    elif texts[UNUSED] or not texts[UNKNOWN]:
+        why = "has unused pieces, or none for the unknown; neither is supported"
+    if why:
+        raise UserError(f"{quoted(path)} {why}")
 
 
-def _normalizer(spec: dict, space: str, prefix: bool) -> normalizers.Normalizer:
-    steps = [normalizers.Precompiled(data) for data in spec.get(2, []) if data]
-    if _number(spec, 4, 1):
+def _normalizer(spec: dict, prefix: bool) -> normalizers.Normalizer:
+    space = SPACE if spec.get(5, 1) == 1 else " "
+    steps = [normalizers.Precompiled(spec[2])] if spec.get(2) else []
+    if spec.get(4, 1):
         steps.append(normalizers.Replace(Regex(rf"\A +|[ {space}]+\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if prefix:
@@ -98,38 +105,28 @@ def _normalizer(spec: dict, space: str, prefix: bool) -> normalizers.Normalizer:
     return normalizers.Sequence(steps)
 
 
-def _merges(pieces: list) -> list[tuple[str, str]]:
-    score = {text: score for text, score, kind in pieces if kind == NORMAL}
-    pairs = [(text[:cut], text[cut:]) for text in score for cut in range(1, len(text))
-             if text[:cut] in score and text[cut:] in score]
-    return sorted(pairs, key=lambda pair: -score[pair[0] + pair[1]])
+def _merges(texts: list[str], scores: dict[str, float]) -> list[tuple[str, str]]:
+    pairs, known = [], set(texts)
+    for text in sorted(texts, key=scores.get, reverse=True):
+        cuts = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+        pairs += [pair for pair in cuts if known.issuperset(pair)]
+    return pairs
 
 
-def _piece(fields: dict) -> tuple[str, float, int]:
-    score = struct.unpack("<f", fields[2][0])[0] if 2 in fields else 0.0
-    return fields[1][0].decode(), score, _number(fields, 3, NORMAL)
-
-
-def _number(fields: dict, number: int, default: int) -> int:
-    return fields.get(number, [default])[-1]
-
-
-def _fields(data: bytes) -> dict[int, list]:
-    """Protobuf's wire format: field number -> its values, ints or bytes. Raises IndexError where
-    data is cut off."""
-    fields, at = defaultdict(list), 0
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Protobuf's wire format: field numbers and values. Raises IndexError where data is cut off."""
+    at = 0
     while at < len(data):
         key, at = _varint(data, at)
-        kind = key & 7
-        if kind == 0:
+        kind, value = key & 7, 0
+        if kind in (0, 2):
             value, at = _varint(data, at)
-        else:
-            size, at = {1: (8, at), 5: (4, at)}[kind] if kind != 2 else _varint(data, at)
+        if kind != 0:
+            size = {1: 8, 2: value, 5: 4}[kind]
             value, at = data[at:at + size], at + size
-            if at > len(data):
-                raise IndexError
-        fields[key >> 3].append(value)
-    return dict(fields)
+        if at > len(data):
+            raise IndexError
+        yield key >> 3, value
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -25,32 +25,31 @@ class Tokenizer:
         """source: a tokenizer.json or a tokenizer. eos_ids, bos_ids: what the checkpoint says ends
         and begins a text; without, known names are looked for. Raises UserError for a file that is
         neither there nor a tokenizer that works."""
-        where = quoted(source) if isinstance(source, (str, Path)) else "the tokenizer"
-        if isinstance(source, (str, Path)):
+        where, text = "the tokenizer", None
+        if not isinstance(source, tokenizers.Tokenizer):
+            where = quoted(source)
             with open_regular(source) as file:
                 text = file.read()
-            with _library_errors(f"{where} is not a tokenizer"), _silent_stderr():
-                source = tokenizers.Tokenizer.from_buffer(text)
         with _library_errors(f"{where} is not a tokenizer that works"), _silent_stderr():
-            self._tokenizer = source
-            self._inner, self.prefix_after_special = _without_prefix(source)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(text) if text is not None else source
+            self._inner, self.prefix_after_special = _without_prefix(self._tokenizer)
             for part in (self._tokenizer, self._inner):
                 part.no_truncation()                # published files bring such settings along
                 part.no_padding()
                 part.encode_special_tokens = True   # "</s>" in a user's text is four characters
                 part.decode(part.encode("a \u00e9\n", add_special_tokens=False).ids)
-            ids = source.get_vocab(with_added_tokens=True)
-            self.vocab_size: int = max(ids.values()) + 1
+            self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
         if self.vocab_size > 2 ** 20:
             raise UserError(f"{where} has a token of id {self.vocab_size - 1}, over 2^20")
-        by_name = [ids[name] for name in EOS_NAMES if name in ids]
-        self.eos_ids: tuple[int, ...] = tuple(eos_ids) or tuple(by_name[:1])
-        if bos_ids is None:
-            bos_ids = [ids[name] for name in BOS_NAMES if name in ids]
+        self.eos_ids: tuple[int, ...] = tuple(eos_ids) or self._first_of(EOS_NAMES)
+        bos_ids = self._first_of(BOS_NAMES) if bos_ids is None else bos_ids
         self.bos_id: int | None = next(iter(bos_ids), None)
         if not self.eos_ids:
             raise UserError(f"{where} has none of the end tokens {', '.join(EOS_NAMES)}, and its "
                             "checkpoint names no other")
+
+    def _first_of(self, names: Iterable[str]) -> tuple[int, ...]:
+        return tuple(self.id_of(name) for name in names if self.id_of(name) is not None)[:1]
 
     @property
     def eos_id(self) -> int:
@@ -92,10 +91,10 @@ class Tokenizer:
     def special_id(self, name: str) -> int:
         """Id of a template's special token. Raises UserError where the tokenizer has none of that
         name."""
-        if not self.has(name):
+        if self.id_of(name) is None:
             raise UserError(f"the tokenizer has no token {name}: choose another chat template "
                             f"({', '.join(TEMPLATES)})")
-        return self._tokenizer.token_to_id(name)
+        return self.id_of(name)
 
     def end_id(self, template: str) -> int:
         """The token that ends what the assistant says. Generation stops at it and at the
@@ -105,9 +104,6 @@ class Tokenizer:
 
     def stop_ids(self, template: str) -> set[int]:
         return {*self.eos_ids, self.end_id(template)}
-
-    def has(self, token: str) -> bool:
-        return self._tokenizer.token_to_id(token) is not None
 
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -124,9 +120,9 @@ def _library_errors(what: str):
     """A panic in the library is a BaseException, of a class that it does not export."""
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
     except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{what}: {why:.200}") from None
 
@@ -158,8 +154,9 @@ def stream_text(tokenizer, ids: Iterable[int], stop_strings: tuple[str, ...] = (
         if found:
             held = held[:min(found)]
             break
-        starts = [string[:n] for string in stop_strings for n in range(1, len(string))]
-        known = len(held) - max((len(start) for start in starts if held.endswith(start)), default=0)
+        known = 0
+        while known < len(held) and not any(s.startswith(held[known:]) for s in stop_strings):
+            known += 1
         if known:
             yield held[:known]
         held = held[known:]
@@ -171,18 +168,21 @@ def _without_prefix(tokenizer: tokenizers.Tokenizer) -> tuple[tokenizers.Tokeniz
     """A copy that puts no dummy space before a text; and whether text behind a special token gets
     one. It comes from a Prepend normalizer or from Metaspace, whose scheme "first" means: not
     behind a special token ("legacy": false)."""
-    text, everywhere = tokenizer.to_str(), True
+    text = tokenizer.to_str()
     if "Prepend" not in text and "Metaspace" not in text:
         return tokenizer, True
-    data = json.loads(text)
-    normalizer, splitter = data["normalizer"] or {}, data["pre_tokenizer"] or {}
-    if normalizer.get("type") == "Prepend":
-        data["normalizer"] = None
-    elif normalizer.get("type") == "Sequence":
-        steps = normalizer["normalizers"]
-        normalizer["normalizers"] = [step for step in steps if step["type"] != "Prepend"]
+    data, schemes = without_prepend(json.loads(text)), []
+    splitter = data["pre_tokenizer"] or {}
     for part in splitter.get("pretokenizers", [splitter]):
         if part.get("type") == "Metaspace":
-            everywhere = everywhere and part["prepend_scheme"] != "first"
+            schemes.append(part["prepend_scheme"])
             part["prepend_scheme"] = "never"
-    return tokenizers.Tokenizer.from_str(json.dumps(data)), everywhere
+    return tokenizers.Tokenizer.from_str(json.dumps(data)), "first" not in schemes
+
+
+def without_prepend(data: dict) -> dict:
+    """A tokenizer.json without the normalizer that puts the dummy space."""
+    normalizer = data["normalizer"] or {"normalizers": []}
+    steps = [step for step in normalizer.get("normalizers", [normalizer])
+             if step["type"] != "Prepend"]
+    return data | {"normalizer": {"type": "Sequence", "normalizers": steps}}
