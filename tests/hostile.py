@@ -77,7 +77,7 @@ def make_place(place: Path):
         Image.new("RGB", (24, 16), "red").save(place / name)
     write(place / "data.json", json.dumps([conversation(f"{i}", "a.png") for i in range(4)]))
     write(place / "q.tsv", questions("a.png"))
-    write(place / "results.json", json.dumps({"settings": SETTINGS, "runs": {}, "prefill_ms": {}}))
+    write(place / "results.json", json.dumps({"settings": SETTINGS, "runs": {}, "prefill_ms": {}}, indent=1))
     for name, source in (("llm", LLM), ("vision", VISION)):
         shutil.copytree(ROOT / "tests" / "golden" / "sources" / source, place / name)
     for flags in (EVALUATE, [*RESUME[:-1]]):
@@ -541,6 +541,8 @@ def wrong(case: Case, ended: dict, before: dict, after: dict) -> str:
 def one(case: Case, template: Path, place: Path) -> dict:
     shutil.copytree(template, place, symlinks=True, copy_function=os.link)
     is_gone = "gone" in case.name
+    answers = place / "answers" / "predictions-0.jsonl"       # say where the model is
+    write(answers, answers.read_text().replace(str(template), str(place)))
     if case.change and not is_gone:
         case.change(place)
     before = {} if is_gone else held(place)
