@@ -9,6 +9,7 @@ One process imports everything once; every case is a fork of it that runs a comm
 
 import base64
 import ctypes
+import faulthandler
 import io
 import itertools
 import json
@@ -405,7 +406,7 @@ def output_cases():
             if "\0" in where:
                 continue                                        # no shell can pass it on
             yield Case(f"output/{name} {kind}", [*command, flag, where], odd, (0, 2) if is_seen else (2,), notes=True)
-    commands = {"sample": SAMPLE, "train": TRAIN, "evaluate": EVALUATE, "convert": CONVERT, "tables": TABLES, "toy": ["toy", "--export", "new", "-n", "2"], "bench": OPERATIONS}
+    commands = {"sample": SAMPLE, "train": TRAIN, "evaluate": EVALUATE, "convert": CONVERT, "tables": TABLES, "toy": ["toy", "--export", "new", "-n", "2"], "bench": "bench train --device cpu --paths llava --stages pretrain --visual 4 --samples 1 --steps 1".split()}
     for name, command in commands.items():
         for kind in ("full", "closed", "left"):
             exits = {"full": (2,), "closed": (0,), "left": (0,)}[kind]
@@ -462,6 +463,7 @@ def _command(case: Case, place: Path, files: list[Path]):
         case.change(place)
     command, *sys.argv[1:] = case.command
     code = 0
+    faulthandler.dump_traceback_later(SECONDS - 2, file=open(files[1], "a"))        # where it hangs
     try:
         target = COMMANDS[command]
         if target.endswith(".py"):
