@@ -112,7 +112,7 @@ def _(dout, out, lse, q, k_visual, v_visual, k_text, v_text, tables, max_lengths
 
 def _empty_grads(q, keys, needed) -> list[Tensor]:
     pairs = zip((q, *keys), (needed[0], needed[1], needed[1], needed[2], needed[2]))
-    return [x.new_empty(x.shape if need else 0) for x, need in pairs]
+    return [x.new_empty((len(x) if need else 0, *x.shape[1:])) for x, need in pairs]
 
 
 def _save_for_backward(ctx, inputs, output):
