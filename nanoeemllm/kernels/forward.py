@@ -77,11 +77,12 @@ class Keys(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """What a tile of queries sees of a run: its first row, the number of keys in reach, and how
-    many blocks of them are full and masked."""
-    row: int
-    seen: int
-    full: int
+    """What a tile of queries sees of a run, whose k and v begin at its first row and their head."""
+    k: Rows
+    v: Rows
+    sees: Tensor  # per query row
+    seen: int     # by the last row of the tile
+    full: int     # blocks
     masked: int
 
 
@@ -172,11 +173,18 @@ def query_place(start, packed, end, group, GROUP: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
-def key_blocks(keys, sample, first, last, BLOCK: tl.constexpr):
+def begin_at(x, row, head):
+    return Rows(x.x + (row.to(tl.int64) * x.row + head * x.head) * 8, x.row, x.head)
+
+
+@triton.jit
+def key_blocks(keys, sample, group, first, last, BLOCK: tl.constexpr):
     """Of the run that the query rows first to last see."""
+    start = tl.load(keys.start + sample)
     seen = tl.load(keys.sees + last)
     full = tl.load(keys.sees + first) // BLOCK
-    return Blocks(tl.load(keys.start + sample), seen, full, tl.cdiv(seen, BLOCK) - full)
+    return Blocks(begin_at(keys.k, start, group), begin_at(keys.v, start, group), keys.sees,
+                  seen, full, tl.cdiv(seen, BLOCK) - full)
 
 
 @triton.jit
@@ -186,8 +194,8 @@ def begin_walk(query, visual, text, sample, group, packed, end, GROUP: tl.conste
     start = tl.load(query.start + sample)
     last = start + (tl.minimum(packed + OWN, end) - 1) // GROUP
     place = query_place(start, packed, end, group, GROUP, OWN)
-    return (place, key_blocks(visual, sample, place.row, last, STEP),
-            key_blocks(text, sample, place.row, last, STEP))
+    return (place, key_blocks(visual, sample, group, place.row, last, STEP),
+            key_blocks(text, sample, group, place.row, last, STEP))
 
 
 @triton.jit
@@ -197,24 +205,24 @@ def choose(is_text, visual, text):
 
 
 @triton.jit
-def load_block(i, queries, of_visual, of_text, visual, text, group, D: tl.constexpr,
-               STEP: tl.constexpr, MASKED: tl.constexpr):
+def load_block(i, queries, visual, text, D: tl.constexpr, STEP: tl.constexpr,
+               MASKED: tl.constexpr):
     """Block i of the full or of the masked ones -> k, v, and which query sees which key."""
-    before = of_visual.masked if MASKED else of_visual.full
+    before = visual.masked if MASKED else visual.full
     is_text = i >= before
     block = i - tl.where(is_text, before, 0)
     inside = tl.full((STEP,), True, tl.int1)
     mask = inside[None, :]
     if MASKED:
-        block += tl.where(is_text, of_text.full, of_visual.full)
+        block += tl.where(is_text, text.full, visual.full)
         n = block * STEP + tl.arange(0, STEP)
-        inside = n < tl.where(is_text, of_text.seen, of_visual.seen)
+        inside = n < tl.where(is_text, text.seen, visual.seen)
         sees = tl.where(is_text, text.sees, visual.sees) + queries.row + queries.r
         mask = n[None, :] < tl.load(sees, mask=queries.inside, other=0)[:, None]
-    row = tl.where(is_text, of_text.row, of_visual.row) + block * STEP
-    place = Place(row.to(tl.int64), group, tl.arange(0, STEP), 0, inside)
-    return (load_rows(choose(is_text, visual.k, text.k), place, D),
-            load_rows(choose(is_text, visual.v, text.v), place, D), mask)
+    place = Place((block * STEP).to(tl.int64), 0, tl.arange(0, STEP), 0, inside)
+    k = load_rows(choose(is_text, visual.k, text.k), place, D)
+    v = load_rows(choose(is_text, visual.v, text.v), place, D)
+    return k, v, mask
 
 
 @triton.jit
@@ -224,10 +232,10 @@ def row_heads(place, heads):
 
 
 @triton.jit
-def zero_rows_in_no_run(x, lse, rows, period, heads, span, samples, D: tl.constexpr):
-    """In x, and -inf in lse unless it is None; row i is row i % period of the span's tensor. All
+def zero_rows_in_no_run(tensors, lse, rows, period, heads, span, samples, D: tl.constexpr):
+    """In all tensors, and -inf in lse, if any; row i is row i % period of the span's tensor. All
     programs of one grid layer share the rows. Most have nothing to write."""
-    ROWS: tl.constexpr = 16
+    ROWS: tl.constexpr = 32
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     programs = tl.num_programs(0) * tl.num_programs(1)
     for first in range(program * ROWS, rows * heads, programs * ROWS):
@@ -241,7 +249,8 @@ def zero_rows_in_no_run(x, lse, rows, period, heads, span, samples, D: tl.conste
             n = (row % period)[:, None] - start[None, :]
             found |= tl.max(((n >= 0) & (n < length[None, :])).to(tl.int32), 1)
         place = Place(0, 0, row.to(tl.int64), at % heads, (at < rows * heads) & (found == 0))
-        store_rows(x, place, zero_tile(ROWS, D), D)
+        for i in tl.static_range(len(tensors)):
+            store_rows(tensors[i], place, zero_tile(ROWS, D), D)
         if lse is not None:
             tl.store(lse + at, -float("inf"), mask=place.inside)
 
@@ -258,13 +267,13 @@ def forward_kernel(q, query, visual, text, out, lse, rows, samples, splits, scal
     sample = tl.program_id(2) // splits
     split = tl.program_id(2) % splits
     if sample == samples:
-        zero_rows_in_no_run(out, lse, splits * rows, rows, heads, query, samples, D)
+        zero_rows_in_no_run((out,), lse, splits * rows, rows, heads, query, samples, D)
         return
     end = tl.load(query.length + sample) * GROUP
     if tile * OWN >= end:
         return
-    queries, of_visual, of_text = begin_walk(
-        query, visual, text, sample, group, tile * OWN, end, GROUP, OWN, STEP)
+    queries, of_visual, of_text = begin_walk(query, visual, text, sample, group, tile * OWN, end,
+                                             GROUP, OWN, STEP)
     q_tile = load_rows(q, queries, D)
     scale_log2 = scale * LOG2_E
 
@@ -280,8 +289,7 @@ def forward_kernel(q, query, visual, text, out, lse, rows, samples, splits, scal
         high = stop - full if MASKED else tl.minimum(stop, full)
         if low < high:  # a pipelined loop that may run zero times makes ptxas serialise wgmma
             for i in range(low, high):
-                k, v, mask = load_block(i, queries, of_visual, of_text, visual, text, group,
-                                        D, STEP, MASKED)
+                k, v, mask = load_block(i, queries, of_visual, of_text, D, STEP, MASKED)
                 s = dot_rows(q_tile, k)
                 if MASKED:
                     s = tl.where(mask, s, -float("inf"))
@@ -333,10 +341,11 @@ class Tile(NamedTuple):
 
 # The launcher takes the first entry that fits the GPU. Chosen by what the compiler makes of them
 # (README.md: no spills, wgmma not serialised); no GPU has measured them yet.
-FORWARD = [Tile(90, 80, 128, 128, 8, 3), Tile(80, 128, 128, 64, 8, 3), Tile(80, 256, 64, 64, 4, 2)]
+# Heads wider than 128 take SMALL.
+FORWARD = [Tile(90, 80, 128, 128, 8, 3), Tile(80, 128, 128, 64, 8, 3), Tile(80, 128, 64, 64, 4, 2)]
 # Few queries, as in decoding: 16 rows are the least that tensor cores multiply, and blocks of 32
 # share a sequence out more evenly than blocks of 64.
-FORWARD_FEW = [Tile(80, 256, 16, 32, 4, 3)]
+FORWARD_FEW = [Tile(80, 128, 16, 32, 4, 3)]
 SMALL = Tile(80, 256, 16, 32, 4, 1)  # fits everywhere; and float32 has no tensor cores to feed
 FEW = 16                             # packed query rows up to which a call counts as "few"
 
