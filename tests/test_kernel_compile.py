@@ -58,9 +58,9 @@ def test_compiles_fits_and_spills_nothing(reports, capability):
 
 def test_every_entry_is_meant_for_some_gpu(reports):
     """No entry of a table is dropped everywhere, as too large or for another's sake."""
-    from nanoeemllm.kernels import backward, forward
-    for table, name in ((forward.FORWARD + forward.FORWARD_FEW, "forward_kernel"), (backward.QUERY, "query_kernel"),
-                        (backward.KEYS, "keys_kernel")):
+    from nanoeemllm.kernels import tiles
+    for table, name in ((tiles.FORWARD + tiles.FORWARD_FEW, "forward_kernel"), (tiles.QUERY, "query_kernel"),
+                        (tiles.KEYS, "keys_kernel")):
         compiled = {tuple(k[x] for x in ("OWN", "STEP", "warps", "stages"))
                     for capability in reports for k in reports[capability] if k["name"] == name}
         assert {tuple(tile[2:]) for tile in table} <= compiled
@@ -72,7 +72,7 @@ def compile_all(capability: int, show):
     import triton
     from triton.backends.compiler import GPUTarget
     from kernel_cases import Layout, Span, int32
-    from nanoeemllm.kernels import _empty_grads, backward, forward
+    from nanoeemllm.kernels import _empty_grads, backward, forward, tiles
 
     class NoGPU:
         """Triton's driver, as far as compiling asks it."""
@@ -82,7 +82,7 @@ def compile_all(capability: int, show):
     triton.runtime.driver.set_active(NoGPU())
     triton.knobs.compilation.always_compile = True  # what comes from the cache has no report of ptxas
     triton.knobs.nvidia.dump_ptxas_log = True
-    forward.device_limits = lambda _: (132, capability, SHARED_MEMORY[capability])
+    tiles.device_limits = lambda _: (132, capability, SHARED_MEMORY[capability])
     launch = triton.runtime.jit.JITFunction.run
 
     done = set()

@@ -17,13 +17,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import (LOG2_E, Place, Span, Tile, add_dot, begin_walk, choose, choose_tile, dot_rows,
-                      inputs_of, load_block, load_rows, main_columns, query_place, rest_columns,
-                      row_heads, rows_of, sizes, store_rows, zero_rows_in_no_run, zero_tile)
+from triton.language import constexpr
+
+from .forward import (LOG2_E, Place, add_dot, begin_walk, choose, dot_rows, inputs_of, load_block,
+                      load_rows, query_place, row_heads, rows_of, store_rows, zero_rows_in_no_run,
+                      zero_tile)
+from .tiles import KEYS, QUERY, choose_tile, sizes
 
 
 @triton.jit(do_not_specialize=["rows"])
-def delta_kernel(out, dout, delta, rows, heads, D: tl.constexpr, ROWS: tl.constexpr):
+def delta_kernel(out, dout, delta, rows, heads, D: constexpr, ROWS: constexpr):
     """delta = rowsum(do o) = rowsum(p dp): what the softmax's normalisation takes from ds."""
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place = Place(0, 0, at // heads, at % heads, at < rows * heads)
@@ -36,7 +39,7 @@ def delta_kernel(out, dout, delta, rows, heads, D: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def load_queries(q, dout, lse, delta, place, heads, D: tl.constexpr):
+def load_queries(q, dout, lse, delta, place, heads, D: constexpr):
     """-> tiles of q and do, (rows,) log2 of softmax sums (inf where no row is: p = 0) and delta."""
     at = row_heads(place, heads)
     return (load_rows(q, place, D), load_rows(dout, place, D),
@@ -46,7 +49,7 @@ def load_queries(q, dout, lse, delta, place, heads, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "samples"])
 def query_kernel(q, query, visual, text, dout, lse, delta, dq, rows, samples, scale,
-                 D: tl.constexpr, GROUP: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+                 D: constexpr, GROUP: constexpr, OWN: constexpr, STEP: constexpr):
     """dq (rows, H, D), on the forward's walk."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     group = tl.program_id(1)
@@ -81,7 +84,7 @@ def query_kernel(q, query, visual, text, dout, lse, delta, dq, rows, samples, sc
 def keys_kernel(q, query, visual, text, first_visual, first_text, dout, lse, delta,
                 dk_visual, dv_visual, dk_text, dv_text, visual_rows, text_rows, samples,
                 visual_tiles, scale,
-                D: tl.constexpr, GROUP: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+                D: constexpr, GROUP: constexpr, OWN: constexpr, STEP: constexpr):
     """dk, dv (rows, G, D): a tile of keys, of the visual run for the first `visual_tiles` programs
     and of the text run for the others, and every query that sees any of it. Scores are transposed,
     (keys, queries)."""
@@ -126,12 +129,6 @@ def keys_kernel(q, query, visual, text, first_visual, first_text, dout, lse, del
             acc_k = add_dot(acc_k, ds, q_tile)
     store_rows(choose(is_text, dk_visual, dk_text), keys, [x * scale for x in acc_k], D)
     store_rows(choose(is_text, dv_visual, dv_text), keys, acc_v, D)
-
-
-# ---- tile sizes, as in forward.py ----
-
-QUERY = [Tile(90, 128, 128, 64, 8, 3), Tile(80, 128, 128, 32, 8, 3), Tile(80, 128, 128, 32, 8, 2)]
-KEYS = [Tile(80, 128, 128, 32, 8, 3), Tile(80, 128, 128, 32, 8, 2)]
 
 
 def launch_backward(dout, out, lse, q, keys, tables, max_lengths, scale, needed, grads,

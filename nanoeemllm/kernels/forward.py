@@ -31,77 +31,39 @@ starts, lengths and counts stay on the device: nothing waits, and decoding from 
 in place can be recorded in a CUDA graph.
 """
 
-import functools
 import math
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from triton.language import constexpr
 
-LOG2_E = tl.constexpr(1 / math.log(2))
-LOWEST = tl.constexpr(-3.0e38)  # "no key yet": unlike -inf it can be subtracted from itself
+from .tiles import (FEW, FORWARD, FORWARD_FEW, choose_tile, main_columns, rest_columns, sizes,
+                    splits_for)
 
+LOG2_E = constexpr(1 / math.log(2))
+LOWEST = constexpr(-3.0e38)  # "no key yet": unlike -inf it can be subtracted from itself
 
-class Rows(NamedTuple):
-    """A packed tensor (rows, heads, D), its strides in units of 8 numbers: so the compiler knows
-    that rows start at multiples of 16 bytes, and copies 16 bytes at a time."""
-    x: Tensor
-    row: int
-    head: int
-
-
-class Place(NamedTuple):
-    """Some rows of a packed tensor: row + r, head + h, as far as inside. r and h are 32-bit offsets
-    from one 64-bit row, which keeps the pointers cheap."""
-    row: int
-    head: int
-    r: Tensor
-    h: Tensor
-    inside: Tensor
+# A packed tensor (rows, heads, D), its strides in units of 8 numbers: so the compiler knows that
+# rows start at multiples of 16 bytes, and copies 16 bytes at a time.
+Rows = namedtuple("Rows", "x row head")
+# Some of its rows: row + r, head + h, as far as inside. r and h are 32-bit offsets from one 64-bit
+# row, which keeps the pointers cheap.
+Place = namedtuple("Place", "row head r h inside")
+# Runs of all samples: (B,) start and length. Of keys: also k, v, and (N,) how many each query sees.
+Span = namedtuple("Span", "start length")
+Keys = namedtuple("Keys", "start length sees k v")
+# What a tile of queries sees of a run: k and v from its first row on, the number of keys that the
+# tile's last row sees, and how many blocks of them are full and masked.
+Blocks = namedtuple("Blocks", "k v sees seen full masked")
 
 
-class Span(NamedTuple):
-    start: Tensor
-    length: Tensor
-
-
-class Keys(NamedTuple):
-    """All there is of one kind, visual or text."""
-    start: Tensor
-    length: Tensor
-    sees: Tensor
-    k: Rows
-    v: Rows
-
-
-class Blocks(NamedTuple):
-    """What a tile of queries sees of a run, whose k and v begin at its first row and their head."""
-    k: Rows
-    v: Rows
-    sees: Tensor  # per query row
-    seen: int     # by the last row of the tile
-    full: int     # blocks
-    masked: int
-
-
-# ---- tiles: (rows, D) in one part or, where D is no power of two, in two: 64 + 16 columns for
+# ---- a tile (rows, D) is one part or, where D is no power of two, two: 64 + 16 columns for
 # SigLIP's 72, for which one power of two would be 128 ----
 
-@triton.constexpr_function
-def main_columns(D):
-    return 2 ** (D.bit_length() - 1)
-
-
-@triton.constexpr_function
-def rest_columns(D):
-    rest = D - 2 ** (D.bit_length() - 1)
-    return max(16, triton.next_power_of_2(rest)) if rest else 0
-
-
 @triton.jit
-def pointers(x, place, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
+def pointers(x, place, FIRST: constexpr, COLUMNS: constexpr, D: constexpr):
     """-> (rows, COLUMNS) pointers to the columns from FIRST on, and a mask of those that exist."""
     base = x.x + (place.row * x.row + place.head * x.head) * 8
     offsets = (place.r * x.row + place.h * x.head) * 8
@@ -113,7 +75,7 @@ def pointers(x, place, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def load_rows(x, place, D: tl.constexpr):
+def load_rows(x, place, D: constexpr):
     p, mask = pointers(x, place, 0, main_columns(D), D)
     main = tl.load(p, mask=mask, other=0.0)
     if rest_columns(D) == 0:
@@ -124,7 +86,7 @@ def load_rows(x, place, D: tl.constexpr):
 
 
 @triton.jit
-def store_rows(x, place, tile, D: tl.constexpr):
+def store_rows(x, place, tile, D: constexpr):
     p, mask = pointers(x, place, 0, main_columns(D), D)
     tl.store(p, tile[0].to(x.x.dtype.element_ty), mask=mask)
     if rest_columns(D) > 0:
@@ -133,7 +95,7 @@ def store_rows(x, place, tile, D: tl.constexpr):
 
 
 @triton.jit
-def zero_tile(ROWS: tl.constexpr, D: tl.constexpr):
+def zero_tile(ROWS: constexpr, D: constexpr):
     main = tl.zeros((ROWS, main_columns(D)), tl.float32)
     if rest_columns(D) == 0:
         return (main,)
@@ -164,7 +126,7 @@ def add_dot(acc, p, x):
 # ---- the walk ----
 
 @triton.jit
-def query_place(start, packed, end, group, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def query_place(start, packed, end, group, GROUP: constexpr, ROWS: constexpr):
     """The packed query rows (row and head of one group) from `packed` on, as far as `end`."""
     m = packed % GROUP + tl.arange(0, ROWS)
     inside = packed + tl.arange(0, ROWS) < end
@@ -178,7 +140,7 @@ def begin_at(x, row, head):
 
 
 @triton.jit
-def key_blocks(keys, sample, group, first, last, BLOCK: tl.constexpr):
+def key_blocks(keys, sample, group, first, last, BLOCK: constexpr):
     """Of the run that the query rows first to last see."""
     start = tl.load(keys.start + sample)
     seen = tl.load(keys.sees + last)
@@ -188,8 +150,8 @@ def key_blocks(keys, sample, group, first, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def begin_walk(query, visual, text, sample, group, packed, end, GROUP: tl.constexpr,
-               OWN: tl.constexpr, STEP: tl.constexpr):
+def begin_walk(query, visual, text, sample, group, packed, end, GROUP: constexpr,
+               OWN: constexpr, STEP: constexpr):
     """-> the place of a tile of queries, and the visual and text blocks that it sees."""
     start = tl.load(query.start + sample)
     last = start + (tl.minimum(packed + OWN, end) - 1) // GROUP
@@ -205,8 +167,8 @@ def choose(is_text, visual, text):
 
 
 @triton.jit
-def load_block(i, queries, visual, text, D: tl.constexpr, STEP: tl.constexpr,
-               MASKED: tl.constexpr):
+def load_block(i, queries, visual, text, D: constexpr, STEP: constexpr,
+               MASKED: constexpr):
     """Block i of the full or of the masked ones -> k, v, and which query sees which key."""
     before = visual.masked if MASKED else visual.full
     is_text = i >= before
@@ -232,10 +194,10 @@ def row_heads(place, heads):
 
 
 @triton.jit
-def zero_rows_in_no_run(tensors, lse, rows, period, heads, span, samples, D: tl.constexpr):
+def zero_rows_in_no_run(tensors, lse, rows, period, heads, span, samples, D: constexpr):
     """In all tensors, and -inf in lse, if any; row i is row i % period of the span's tensor. All
     programs of one grid layer share the rows. Most have nothing to write."""
-    ROWS: tl.constexpr = 32
+    ROWS: constexpr = 32
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     programs = tl.num_programs(0) * tl.num_programs(1)
     for first in range(program * ROWS, rows * heads, programs * ROWS):
@@ -259,7 +221,7 @@ def zero_rows_in_no_run(tensors, lse, rows, period, heads, span, samples, D: tl.
 
 @triton.jit(do_not_specialize=["rows", "samples", "splits"])
 def forward_kernel(q, query, visual, text, out, lse, rows, samples, splits, scale,
-                   D: tl.constexpr, GROUP: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):
+                   D: constexpr, GROUP: constexpr, OWN: constexpr, STEP: constexpr):
     """out (splits, rows, H, D); lse (splits, rows, H), log2 of each row's softmax sum."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles see most keys: they go first
     group = tl.program_id(1)
@@ -308,8 +270,8 @@ def forward_kernel(q, query, visual, text, out, lse, rows, samples, splits, scal
 
 
 @triton.jit(do_not_specialize=["row_heads", "splits"])
-def combine_kernel(partial, partial_lse, out, lse, row_heads, splits, D: tl.constexpr,
-                   BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr):
+def combine_kernel(partial, partial_lse, out, lse, row_heads, splits, D: constexpr,
+                   BLOCK_D: constexpr, SPLITS: constexpr, ROWS: constexpr):
     """out = sum of 2^(lse_s - lse) partial_s, with lse = log2 of the sum of 2^lse_s."""
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.arange(0, SPLITS)[:, None]
@@ -328,101 +290,29 @@ def combine_kernel(partial, partial_lse, out, lse, row_heads, splits, D: tl.cons
     tl.store(lse + at, top + tl.log2(total), mask=at < row_heads)
 
 
-# ---- tile sizes ----
-
-class Tile(NamedTuple):
-    capability: int  # the oldest GPU it is for: 80 Ampere, 89 Ada, 90 Hopper
-    D: int           # the widest head it is for
-    own: int         # rows that a program owns: queries or, for dk and dv, keys
-    step: int        # rows of the other side that it loads at a time
-    warps: int
-    stages: int      # three, or the next copy is issued only at the loop's bottom, too late
-
-
-# The launcher takes the first entry that fits the GPU. Chosen by what the compiler makes of them
-# (README.md: no spills, wgmma not serialised); no GPU has measured them yet.
-# Heads wider than 128 take SMALL.
-FORWARD = [Tile(90, 80, 128, 128, 8, 3), Tile(80, 128, 128, 64, 8, 3), Tile(80, 128, 64, 64, 4, 2)]
-# Few queries, as in decoding: 16 rows are the least that tensor cores multiply, and blocks of 32
-# share a sequence out more evenly than blocks of 64.
-FORWARD_FEW = [Tile(80, 128, 16, 32, 4, 3)]
-SMALL = Tile(80, 256, 16, 32, 4, 1)  # fits everywhere; and float32 has no tensor cores to feed
-FEW = 16                             # packed query rows up to which a call counts as "few"
-
-
-@functools.cache
-def device_limits(device: torch.device) -> tuple[int, int, int]:
-    """-> multiprocessors, compute capability x 10, bytes of shared memory a program can have."""
-    if device.type != "cuda":
-        return 1, 80, 2 ** 20  # the interpreter
-    limits = torch.cuda.get_device_properties(device)
-    capability = 10 * limits.major + limits.minor
-    return limits.multi_processor_count, capability, limits.shared_memory_per_block_optin
-
-
-def shared_bytes(tile: Tile, q: Tensor) -> int:
-    """A bound: two tensors of its own rows, `stages` times two of the others, and a little."""
-    columns = main_columns(q.shape[2]) + rest_columns(q.shape[2])
-    return 2 * (tile.own + tile.stages * tile.step) * columns * q.element_size() + 2048
-
-
-def fits(tile: Tile, q: Tensor) -> bool:
-    _, capability, memory = device_limits(q.device)
-    return (tile.capability <= capability and q.shape[2] <= tile.D and q.element_size() == 2
-            and shared_bytes(tile, q) <= memory)
-
-
-def choose_tile(tiles: list[Tile], q: Tensor) -> Tile:
-    return next((tile for tile in tiles if fits(tile, q)), SMALL)
-
-
-@functools.cache
-def choose_splits(programs: int, blocks: int, places: int) -> int:
-    """How many programs share the `blocks` of one tile, on a GPU that runs `places` programs at
-    once: the fewest within 2% of the shortest time, counted in blocks of the longest program."""
-    def time(splits):
-        start_and_end = 1 if splits == 1 else 2  # of a program; partial results are larger
-        return math.ceil(programs * splits / places) * (math.ceil(blocks / splits) + start_and_end)
-    choices = range(1, max(1, min(blocks, 64)) + 1)
-    shortest = min(map(time, choices))
-    return next(splits for splits in choices if time(splits) <= 1.02 * shortest)
-
-
 # ---- launch ----
 
-def rows_of(x: Tensor) -> Rows:
+def rows_of(x):
     """Any strides of rows and heads will do, but for those that would split 8 numbers."""
     if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8:
         x = x.contiguous()
     return Rows(x, x.stride(0) // 8, x.stride(1) // 8)
 
 
-def inputs_of(q: Tensor, keys, tables: list[Tensor]) -> tuple[Rows, Span, Keys, Keys]:
+def inputs_of(q, keys, tables):
     """-> q, query, visual, text as the kernels take them."""
     k_visual, v_visual, k_text, v_text = map(rows_of, keys)
     return (rows_of(q), Span(*tables[:2]), Keys(*tables[2:4], tables[6], k_visual, v_visual),
             Keys(*tables[4:6], tables[7], k_text, v_text))
 
 
-def sizes(tile: Tile, D: int, GROUP: int) -> dict:
-    """What a kernel is compiled for."""
-    return dict(D=D, GROUP=GROUP, OWN=tile.own, STEP=tile.step, num_warps=tile.warps,
-                num_stages=tile.stages)
-
-
 def launch_forward(q, keys, tables, max_lengths, scale, tile=None, splits=None):
-    """The op `attend` on a device. keys: k_visual, v_visual, k_text, v_text; tile and splits
-    override the choice."""
+    """The op `attend` on a device; tile and splits override the choice."""
     (N, H, D), G, B = q.shape, keys[0].shape[1], len(tables[0])
     packed = max_lengths[0] * (H // G)
     tile = tile or choose_tile(FORWARD_FEW if packed <= FEW else FORWARD, q)
     tiles = max(1, triton.cdiv(packed, tile.own))
-    if not splits:
-        blocks = sum(triton.cdiv(length, tile.step) for length in max_lengths[1:])
-        processors, _, memory = device_limits(q.device)
-        at_once = max(1, min(2, memory // shared_bytes(tile, q)))  # programs a multiprocessor
-        splits = choose_splits(tiles * G * max(1, B), blocks, processors * at_once)
-
+    splits = splits or splits_for(tile, q, tiles * G * max(1, B), max_lengths[1:])
     out, lse = q.new_empty((N, H, D)), q.new_empty((N, H), dtype=torch.float32)
     partial, partial_lse = out, lse
     if splits > 1:
