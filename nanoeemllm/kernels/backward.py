@@ -16,7 +16,6 @@ before it are never loaded.
 import torch
 import triton
 import triton.language as tl
-
 from triton.language import constexpr
 
 from .forward import (LOG2_E, Place, add_dot, begin_walk, choose, dot_rows, inputs_of, load_block,
@@ -56,7 +55,7 @@ def query_kernel(q, query, visual, text, dout, lse, delta, dq, rows, samples, sc
     heads = tl.num_programs(1) * GROUP
     sample = tl.program_id(2)
     if sample == samples:
-        zero_rows_in_no_run((dq,), None, rows, rows, heads, query, samples, D)
+        zero_rows_in_no_run((dq,), None, rows, 1, heads, query, samples, D)
         return
     end = tl.load(query.length + sample) * GROUP
     if tile * OWN >= end:
@@ -81,22 +80,19 @@ def query_kernel(q, query, visual, text, dout, lse, delta, dq, rows, samples, sc
 
 
 @triton.jit(do_not_specialize=["visual_rows", "text_rows", "samples", "visual_tiles"])
-def keys_kernel(q, query, visual, text, first_visual, first_text, dout, lse, delta,
-                dk_visual, dv_visual, dk_text, dv_text, visual_rows, text_rows, samples,
-                visual_tiles, scale,
-                D: constexpr, GROUP: constexpr, OWN: constexpr, STEP: constexpr):
-    """dk, dv (rows, G, D): a tile of keys, of the visual run for the first `visual_tiles` programs
-    and of the text run for the others, and every query that sees any of it. Scores are transposed,
-    (keys, queries)."""
+def keys_kernel(q, query, visual, text, first_visual, first_text, dout, lse, delta, d_visual,
+                d_text, visual_rows, text_rows, samples, visual_tiles, scale, D: constexpr,
+                GROUP: constexpr, OWN: constexpr, STEP: constexpr):
+    """d_visual, d_text: pairs of dk, dv (rows, G, D). A program has a tile of keys, the first
+    `visual_tiles` of the visual run and the others of the text run, and every query that sees any
+    of it. Scores are transposed, (keys, queries)."""
     groups = tl.num_programs(1)
     group = tl.program_id(1)
     sample = tl.program_id(2)
     is_text = tl.program_id(0) >= visual_tiles
     if sample == samples:
-        zero_rows_in_no_run((dk_visual, dv_visual), None, visual_rows, visual_rows, groups, visual,
-                            samples, D)
-        zero_rows_in_no_run((dk_text, dv_text), None, text_rows, text_rows, groups, text,
-                            samples, D)
+        zero_rows_in_no_run(d_visual, None, visual_rows, 1, groups, visual, samples, D)
+        zero_rows_in_no_run(d_text, None, text_rows, 1, groups, text, samples, D)
         return
     begin = (tl.program_id(0) - tl.where(is_text, visual_tiles, 0)) * OWN
     length = tl.load(tl.where(is_text, text.length, visual.length) + sample) - begin
@@ -108,8 +104,8 @@ def keys_kernel(q, query, visual, text, first_visual, first_text, dout, lse, del
     k = load_rows(choose(is_text, visual.k, text.k), keys, D)
     v = load_rows(choose(is_text, visual.v, text.v), keys, D)
 
-    # The first key's first query is the tile's. The mask goes through the whole loop: two loops, one
-    # of them without, were no shorter in instructions, and on Triton 3.6 serialised wgmma.
+    # The first key's first query is the tile's. The whole loop is masked: two loops, one of them
+    # without a mask, had no fewer instructions, and on Triton 3.6 ptxas serialised their wgmma.
     first = tl.where(is_text, first_text, first_visual) + row
     low = tl.load(first) * GROUP
     first = tl.load(first + n, mask=keys.inside, other=0)
@@ -127,8 +123,8 @@ def keys_kernel(q, query, visual, text, first_visual, first_text, dout, lse, del
             acc_v = add_dot(acc_v, p, do)
             ds = p * (dot_rows(v, do) - row_delta[None, :])
             acc_k = add_dot(acc_k, ds, q_tile)
-    store_rows(choose(is_text, dk_visual, dk_text), keys, [x * scale for x in acc_k], D)
-    store_rows(choose(is_text, dv_visual, dv_text), keys, acc_v, D)
+    store_rows(choose(is_text, d_visual[0], d_text[0]), keys, [x * scale for x in acc_k], D)
+    store_rows(choose(is_text, d_visual[1], d_text[1]), keys, acc_v, D)
 
 
 def launch_backward(dout, out, lse, q, keys, tables, max_lengths, scale, needed, grads,
@@ -136,9 +132,10 @@ def launch_backward(dout, out, lse, q, keys, tables, max_lengths, scale, needed,
     """The op `attend_backward` on a device: fills grads (of q, k_visual, v_visual, k_text, v_text),
     as far as needed (q, visual pair, text pair). Tiles override the choice."""
     (N, H, D), G, B = q.shape, keys[0].shape[1], len(tables[0])
-    query_tile, keys_tile = query_tile or choose_tile(QUERY, q), keys_tile or choose_tile(KEYS, q)
+    query_tile = query_tile or choose_tile(QUERY, q)
+    keys_tile = keys_tile or choose_tile(KEYS, q)
     inputs, dout, delta = inputs_of(q, keys, tables), rows_of(dout), torch.empty_like(lse)
-    dq, *d_keys = map(rows_of, grads)
+    dq, dk_visual, dv_visual, dk_text, dv_text = map(rows_of, grads)
     tiles = [triton.cdiv(length, keys_tile.own) if need else 0
              for length, need in zip(max_lengths[1:], needed[1:])]
     with torch.cuda.device_of(q):
@@ -149,5 +146,5 @@ def launch_backward(dout, out, lse, q, keys, tables, max_lengths, scale, needed,
                 *inputs, dout, lse, delta, dq, N, B, scale, **sizes(query_tile, D, H // G))
         if needed[1] or needed[2]:  # one layer zeroes the rows in no run, so there is a tile
             keys_kernel[max(1, sum(tiles)), G, B + 1](
-                *inputs, *tables[8:10], dout, lse, delta, *d_keys, len(grads[1]), len(grads[3]),
-                B, tiles[0], scale, **sizes(keys_tile, D, H // G))
+                *inputs, *tables[8:10], dout, lse, delta, (dk_visual, dv_visual), (dk_text, dv_text),
+                len(grads[1]), len(grads[3]), B, tiles[0], scale, **sizes(keys_tile, D, H // G))

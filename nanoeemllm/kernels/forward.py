@@ -54,13 +54,12 @@ Place = namedtuple("Place", "row head r h inside")
 # Runs of all samples: (B,) start and length. Of keys: also k, v, and (N,) how many each query sees.
 Span = namedtuple("Span", "start length")
 Keys = namedtuple("Keys", "start length sees k v")
-# What a tile of queries sees of a run: k and v from its first row on, the number of keys that the
-# tile's last row sees, and how many blocks of them are full and masked.
+# What a tile of queries sees of a run: k and v from its first row on, how many keys the tile's last
+# row sees, and how many blocks of them are full and masked.
 Blocks = namedtuple("Blocks", "k v sees seen full masked")
 
 
-# ---- a tile (rows, D) is one part or, where D is no power of two, two: 64 + 16 columns for
-# SigLIP's 72, for which one power of two would be 128 ----
+# ---- a tile (rows, D) is one part or, where D is no power of two, two: 64 + 16 columns for 72 ----
 
 @triton.jit
 def pointers(x, place, FIRST: constexpr, COLUMNS: constexpr, D: constexpr):
@@ -167,8 +166,7 @@ def choose(is_text, visual, text):
 
 
 @triton.jit
-def load_block(i, queries, visual, text, D: constexpr, STEP: constexpr,
-               MASKED: constexpr):
+def load_block(i, queries, visual, text, D: constexpr, STEP: constexpr, MASKED: constexpr):
     """Block i of the full or of the masked ones -> k, v, and which query sees which key."""
     before = visual.masked if MASKED else visual.full
     is_text = i >= before
@@ -194,13 +192,14 @@ def row_heads(place, heads):
 
 
 @triton.jit
-def zero_rows_in_no_run(tensors, lse, rows, period, heads, span, samples, D: constexpr):
-    """In all tensors, and -inf in lse, if any; row i is row i % period of the span's tensor. All
-    programs of one grid layer share the rows. Most have nothing to write."""
+def zero_rows_in_no_run(tensors, lse, rows, copies, heads, span, samples, D: constexpr):
+    """In all tensors (copies * rows, heads, D), and -inf in lse, if any. All programs of one grid
+    layer share the rows. Most have nothing to write."""
     ROWS: constexpr = 32
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     programs = tl.num_programs(0) * tl.num_programs(1)
-    for first in range(program * ROWS, rows * heads, programs * ROWS):
+    number = copies * rows * heads
+    for first in range(program * ROWS, number, programs * ROWS):
         at = first + tl.arange(0, ROWS)
         row = at // heads
         found = tl.zeros((ROWS,), tl.int32)
@@ -208,9 +207,9 @@ def zero_rows_in_no_run(tensors, lse, rows, period, heads, span, samples, D: con
             sample = b + tl.arange(0, 64)
             start = tl.load(span.start + sample, mask=sample < samples, other=0)
             length = tl.load(span.length + sample, mask=sample < samples, other=0)
-            n = (row % period)[:, None] - start[None, :]
+            n = (row % rows)[:, None] - start[None, :]
             found |= tl.max(((n >= 0) & (n < length[None, :])).to(tl.int32), 1)
-        place = Place(0, 0, row.to(tl.int64), at % heads, (at < rows * heads) & (found == 0))
+        place = Place(0, 0, row.to(tl.int64), at % heads, (at < number) & (found == 0))
         for i in tl.static_range(len(tensors)):
             store_rows(tensors[i], place, zero_tile(ROWS, D), D)
         if lse is not None:
@@ -229,7 +228,7 @@ def forward_kernel(q, query, visual, text, out, lse, rows, samples, splits, scal
     sample = tl.program_id(2) // splits
     split = tl.program_id(2) % splits
     if sample == samples:
-        zero_rows_in_no_run((out,), lse, splits * rows, rows, heads, query, samples, D)
+        zero_rows_in_no_run((out,), lse, rows, splits, heads, query, samples, D)
         return
     end = tl.load(query.length + sample) * GROUP
     if tile * OWN >= end:
