@@ -135,7 +135,7 @@ def launch_backward(dout, out, lse, q, keys, tables, max_lengths, scale, needed,
     query_tile = query_tile or choose_tile(QUERY, q)
     keys_tile = keys_tile or choose_tile(KEYS, q)
     inputs, dout, delta = inputs_of(q, keys, tables), rows_of(dout), torch.empty_like(lse)
-    dq, dk_visual, dv_visual, dk_text, dv_text = map(rows_of, grads)
+    dq, *d_keys = map(rows_of, grads)
     tiles = [triton.cdiv(length, keys_tile.own) if need else 0
              for length, need in zip(max_lengths[1:], needed[1:])]
     with torch.cuda.device_of(q):
@@ -146,5 +146,5 @@ def launch_backward(dout, out, lse, q, keys, tables, max_lengths, scale, needed,
                 *inputs, dout, lse, delta, dq, N, B, scale, **sizes(query_tile, D, H // G))
         if needed[1] or needed[2]:  # one layer zeroes the rows in no run, so there is a tile
             keys_kernel[max(1, sum(tiles)), G, B + 1](
-                *inputs, *tables[8:10], dout, lse, delta, (dk_visual, dv_visual), (dk_text, dv_text),
+                *inputs, *tables[8:10], dout, lse, delta, tuple(d_keys[:2]), tuple(d_keys[2:]),
                 len(grads[1]), len(grads[3]), B, tiles[0], scale, **sizes(keys_tile, D, H // G))
