@@ -10,13 +10,12 @@ fastest entry's, at the worst of the table's cases. The entry with the least los
 splits, "chosen" should come first.
 """
 
-import argparse
 import functools
 import time
 
 import torch
 
-from nanoeemllm.bench.kernel import CASES, Case, Clock, build, ceilings, take_turns
+from nanoeemllm.bench.kernel import CASES, Case, Clock, begin, build, make_parser, take_turns
 
 WITHIN = 1.03
 PLANS = {"FORWARD": ("prefill-1", "prefill-4", "prefill-16", "train-576", "encoder"),
@@ -27,19 +26,10 @@ PLANS = {"FORWARD": ("prefill-1", "prefill-4", "prefill-16", "train-576", "encod
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(prog="python -m nanoeemllm.bench experiments",
-                                     description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20, help="start nothing new after so many")
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device found: run it on a machine that has one")
-    deadline = time.monotonic() + 60 * args.minutes
-    matmul, copy = ceilings()
+    parser = make_parser("experiments", __doc__, 20)
+    deadline, *_ = begin(parser, parser.parse_args(argv).minutes)
     nothing = take_turns({"empty": Clock(lambda x: x, [torch.zeros(1, device="cuda")], False)})
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: matmul "
-          f"{matmul / 1e12:.0f} TFLOP/s, copy {copy / 1e12:.2f} TB/s, a call in an empty graph "
-          f"{nothing['empty'][0] * 1e3:.1f} us", flush=True)
+    print(f"a call in an empty graph {nothing['empty'][0] * 1e3:.1f} us", flush=True)
     verdicts = []
     for table, names in PLANS.items():
         times = {}

@@ -26,16 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from nanoeemllm.attention import Span
 from nanoeemllm.kernels import composite_attention, first_queries
 
 CALLS = 10   # in one graph
 ROUNDS = 15
-
-
-class Span(NamedTuple):
-    start: Tensor
-    length: Tensor
-    max_length: int
 
 
 class Case(NamedTuple):
@@ -273,27 +268,38 @@ def row(case: Case, G: int, matmul: float, copy: float, deadline: float) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def main(argv: list[str]):
-    parser = argparse.ArgumentParser(prog="python -m nanoeemllm.bench kernel",
-                                     description=__doc__,
+def make_parser(name: str, doc: str, minutes: float) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m nanoeemllm.bench {name}", description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=minutes,
+                        help="start nothing new after so many")
+    return parser
+
+
+def begin(parser: argparse.ArgumentParser, minutes: float) -> tuple[float, float, float]:
+    """Prints what the GPU can do -> time to end at, operations and copied bytes a second."""
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device found: run it on a machine that has one")
+    deadline = time.monotonic() + 60 * minutes
+    matmul, copy = ceilings()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; matmul {matmul / 1e12:.0f} "
+          f"TFLOP/s, copy {copy / 1e12:.2f} TB/s", flush=True)
+    return deadline, matmul, copy
+
+
+def main(argv: list[str]):
+    parser = make_parser("kernel", __doc__, 8)
     parser.add_argument("--cases", help="beginnings of names, by commas; default: all of "
                         + ", ".join(case.name for case in CASES))
-    parser.add_argument("--minutes", type=float, default=8, help="start nothing new after so many")
     args = parser.parse_args(argv)
     wanted = tuple(args.cases.split(",")) if args.cases else ("",)
     cases = [case for case in CASES if case.name.startswith(wanted)]
     if not cases:
         parser.error(f"--cases: {args.cases} fits none of {', '.join(c.name for c in CASES)}")
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device found: run it on a machine that has one")
-    deadline = time.monotonic() + 60 * args.minutes
-    matmul, copy = ceilings()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; matmul {matmul / 1e12:.0f} "
-          f"TFLOP/s, copy {copy / 1e12:.2f} TB/s\n")
+    deadline, matmul, copy = begin(parser, args.minutes)
     columns = ("case", "key heads", "ours, ms", "best other, ms", "times faster", "of matmul",
                "of copy", "others, ms")
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for case in cases:
         for G in case.groups:
             if time.monotonic() > deadline:
