@@ -24,6 +24,7 @@ from nanoeemllm import load
 from nanoeemllm.attention import Keys, Visibility, compute, use_attention, visible
 from nanoeemllm.bench.operations import paths_of
 from nanoeemllm.border.command import Parser, device_from, positive
+from nanoeemllm.border.files import write_aside
 from nanoeemllm.border.plot import line_chart
 from nanoeemllm.config import IMAGE_TOKEN, PRESETS, UserError
 from nanoeemllm.model import EEMLLM
@@ -201,6 +202,7 @@ def heading(args, what: str) -> str:
 
 def save(name: str, args, rows: list[dict], series: dict, *labels: str, log_x: bool = False):
     record = {"machine": machine(args.device), **vars(args), "rows": rows}
-    (args.out / f"{name}.json").write_text(json.dumps(record, indent=1, default=str))
+    data = json.dumps(record, indent=1, default=str).encode()
+    write_aside(args.out / f"{name}.json", data)
     line_chart(args.out / f"{name}.png", series, *labels, log_x=log_x)
     print(f"\nwritten: {args.out / name}.json and .png")

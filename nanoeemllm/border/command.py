@@ -46,7 +46,7 @@ def run_command(main: Callable[[], None], goes_on: bool = False):
     if message is not None:
         code = 2
         with contextlib.suppress(OSError):
-            print(f"error: {printable(message)}", file=sys.stderr)
+            print(f"error: {printable(message[:4000])}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -7,6 +7,7 @@ held before or what it is to hold, whole.
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import glob
 import json
@@ -78,10 +79,13 @@ def within(folder, name: str) -> str:
 # ---- writing ----
 
 def write_aside(path: Path, data: bytes):
-    """Writes a file or leaves the one before. Raises UserError where it cannot be written."""
+    """Writes a file or leaves the one before. Raises UserError where it cannot be written, and in
+    place of a folder or a device."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.writing")
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is there and is not a regular file")
         aside.write_bytes(data)
         flush(aside)
         os.replace(aside, path)

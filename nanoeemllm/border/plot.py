@@ -3,10 +3,13 @@
     line_chart("loss.png", {"eemllm": [(1, 3.2), (2, 2.9)]}, title="loss", x_label="step")
 """
 
+import io
 import math
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from nanoeemllm.border.files import write_aside
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
 WIDTH, HEIGHT = 1600, 960               # twice the file's size: averaging makes lines smooth
@@ -55,7 +58,9 @@ def line_chart(file: str | Path, series: dict[str, list], title: str = "", x_lab
         y = TOP + 28 + 36 * number
         pen.line([RIGHT + 28, y, RIGHT + 68, y], colour, 6)
         write(RIGHT + 80, y, name, "lm")
-    image.reduce(2).save(file, "PNG")
+    png = io.BytesIO()
+    image.reduce(2).save(png, "PNG")
+    write_aside(Path(file), png.getvalue())
 
 
 def axis(values: list[float], log: bool, first: float, last: float):

@@ -55,11 +55,11 @@ def read_typed(kind, value, where: str, least=None, most=MOST):
         if type(value) is not kind:
             raise UserError(f"{where} must be a {kind.__name__}, not {value!r:.80}")
         return value
-    if type(value) not in (int, kind) or not math.isfinite(value):
+    if type(value) not in (int, kind) or isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} must be a {'whole ' * (kind is int)}number, not {value!r:.80}")
     least = (1 if kind is int else 2 ** -100) if least is None else least
     if not least <= value <= (most if kind is int else 2 ** 100):
-        raise UserError(f"{where} is {value}; it must be from {least:g} to {most}")
+        raise UserError(f"{where} is {value!s:.80}; it must be from {least:g} to {most}")
     return kind(value)
 
 

@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tqdm import tqdm
 
+from nanoeemllm.border.files import write_aside
 from nanoeemllm.config import UserError
 
 COLOURS = {"black": "#000000", "blue": "#0000ff", "green": "#00a000", "purple": "#a000c8",
@@ -304,12 +305,12 @@ def export_llava(world: WorldConfig, folder: Path, n: int, split: str = "train")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, kind in (("pretrain", "caption"), ("finetune", "conversation")):
         dataset, items = ToyDataset(world, split, kind), []
-        for i in tqdm(range(n), name, leave=False):
+        for i in tqdm(range(n), name, leave=False, disable=None):
             item = dataset[i]
             file = f"{item['id']}.png"
             item["image"].save(folder / "images" / file)
             items.append(item | {"image": file})
-        (folder / f"{name}.json").write_text(json.dumps(items, indent=1))
+        write_aside(folder / f"{name}.json", json.dumps(items, indent=1).encode())
 
 
 def export_tsv(world: WorldConfig, file: Path, n: int, split: str = "held-out"):
@@ -321,4 +322,4 @@ def export_tsv(world: WorldConfig, file: Path, n: int, split: str = "held-out"):
         row["image"].save(png, "PNG")
         row |= {"index": str(index), "image": base64.b64encode(png.getvalue()).decode()}
         lines.append("\t".join(row[column] for column in columns))
-    file.write_text("\n".join(lines) + "\n")
+    write_aside(file, ("\n".join(lines) + "\n").encode())
