@@ -165,8 +165,7 @@ def make_blocks(sees: Visibility) -> list[Block]:
         size = Q if is_causal or uniform else _BLOCK
         for first in range(0, Q, size):
             stop = min(first + size, Q)
-            rows = slice(q_start + first, q_start + stop)
-            V, T = visual[stop - 1], text[stop - 1]
+            rows, V, T = slice(q_start + first, q_start + stop), visual[stop - 1], text[stop - 1]
             masked = not (is_causal or uniform)
             mask, blind = split_blind(visible(sees, rows, V, T)) if masked else (None, None)
             block = Block(rows, slice(v_start, v_start + V), slice(t_start, t_start + T), 1, mask,

@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from kernel_cases import (NAMES, WIDTHS, Layout, Span, distances, int32, layout_of, of_kernel, random_case, reference,
                           true_values, with_gradients)
 from nanoeemllm import kernels
-from nanoeemllm.kernels import composite_attention, first_queries, forward
+from nanoeemllm.kernels import composite_attention, first_queries, forward, tiles
 
 # log2(0) = -inf is meant, and NaN is planted
 pytestmark = [pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:divide by zero encountered in l
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch):
     """Float32 has small tiles on a GPU; the interpreter's time goes by the number of blocks."""
-    monkeypatch.setattr(forward, "SMALL", forward.SMALL._replace(BLOCK_M=64, BLOCK_N=64))
+    monkeypatch.setattr(tiles, "SMALL", tiles.SMALL._replace(own=64, step=64))
 
 
 def nothing(samples: int) -> Span:
@@ -42,16 +42,16 @@ def causal(rows: int) -> Layout:
 
 @pytest.mark.parametrize("seed", range(200))
 def test_float32(seed, monkeypatch):
-    M, N = ((64, 64), (128, 64), (128, 128), (128, 128))[seed // 8 % 4]
-    monkeypatch.setattr(forward, "SMALL", forward.SMALL._replace(BLOCK_M=M, BLOCK_N=N))
-    case = random_case(seed, WIDTHS[seed % 8], torch.float32)
+    own, step = ((64, 64), (128, 64), (64, 32), (64, 128))[seed // 8 % 4]
+    monkeypatch.setattr(tiles, "SMALL", tiles.SMALL._replace(own=own, step=step))
+    case = random_case(seed, WIDTHS[seed % 8], torch.float32, longest=100)
     errors = distances(of_kernel(*case), true_values(*case), case[2])
     assert max(errors) <= 1e-5, dict(zip(NAMES, errors))
 
 
 @pytest.mark.parametrize("seed", range(200, 248))
 def test_float16_is_at_most_twice_as_far_off_as_eager_pytorch(seed):
-    case = random_case(seed, WIDTHS[seed % 8], torch.float16)
+    case = random_case(seed, WIDTHS[seed % 8], torch.float16, longest=100)
     want = true_values(*case)
     errors = distances(of_kernel(*case), want, case[2])
     eager = distances(with_gradients(reference, *case), want, case[2])
@@ -79,7 +79,7 @@ def test_the_first_query_that_sees_a_key(seed):
 @pytest.mark.parametrize("splits", [2, 7])
 @pytest.mark.parametrize("seed", range(300, 308))
 def test_split_keys(seed, splits, monkeypatch):
-    monkeypatch.setattr(forward, "choose_splits", lambda *_: splits)
+    monkeypatch.setattr(tiles, "choose_splits", lambda *_: splits)
     case = random_case(seed, WIDTHS[seed % 8], torch.float32, longest=100)
     errors = distances(of_kernel(*case), true_values(*case), case[2])
     assert max(errors) <= 1e-5, dict(zip(NAMES, errors))
@@ -88,7 +88,7 @@ def test_split_keys(seed, splits, monkeypatch):
 @pytest.mark.parametrize("splits", [1, 4])
 def test_decoding_reads_the_cache_in_place_at_its_length_on_the_device(splits, monkeypatch):
     """The same arguments, one number in memory changed; what lies beyond is not read."""
-    monkeypatch.setattr(forward, "choose_splits", lambda *_: splits)
+    monkeypatch.setattr(tiles, "choose_splits", lambda *_: splits)
     B, G, D, room = 2, 2, 32, 200
     cache_k, cache_v, image_k, image_v = torch.randn(4, B * room, G, D)
     q = torch.randn(B, 4, D)
@@ -121,18 +121,18 @@ H100 = 132
 def test_splits_are_balanced(G):
     """One answer over a picture of 4,900 tokens and 256 of text: no program does over 1 / 0.95 of the mean, and they
     fill one round of the GPU's places."""
-    tile = forward.FORWARD_FEW[0]
-    blocks = math.ceil(4900 / tile.BLOCK_N) + math.ceil(256 / tile.BLOCK_N)
-    splits = forward.choose_splits(G, blocks, 2 * H100)
+    tile = tiles.choose_tile(tiles.FORWARD_FEW, torch.empty(1, 32, 128, dtype=torch.bfloat16))
+    blocks = math.ceil(4900 / tile.step) + math.ceil(256 / tile.step)
+    splits = tiles.choose_splits(G, blocks, 2 * H100)
     shares = [(split + 1) * blocks // splits - split * blocks // splits for split in range(splits)]
     assert sum(shares) == blocks and sum(shares) / splits >= 0.95 * max(shares)
     assert 0.95 * 2 * H100 <= G * splits <= 2 * H100
 
 
 def test_how_many_splits():
-    assert forward.choose_splits(64, 41, H100) == 2        # prefill of 256 queries, 32 heads: 128 programs of 132
-    assert forward.choose_splits(2048, 41, H100) == 1      # enough work as it is
-    assert forward.choose_splits(32, 0, 2 * H100) == forward.choose_splits(32, 1, 2 * H100) == 1
+    assert tiles.choose_splits(64, 41, H100) == 2        # prefill of 256 queries, 32 heads: 128 programs of 132
+    assert tiles.choose_splits(2048, 41, H100) == 1      # enough work as it is
+    assert tiles.choose_splits(32, 0, 2 * H100) == tiles.choose_splits(32, 1, 2 * H100) == 1
 
 
 # ---- launches and fills ----
@@ -164,7 +164,7 @@ def launched(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("splits", [1, 3])
 def test_launches_and_fills(splits, launched, monkeypatch):
     """Forward is one launch, or two with split keys, backward three, and nothing is filled to be overwritten."""
-    monkeypatch.setattr(forward, "choose_splits", lambda *_: splits)
+    monkeypatch.setattr(tiles, "choose_splits", lambda *_: splits)
     (*tensors, last), layout, gradient = random_case(4, 32, torch.float32, longest=60)
     tensors = [x.contiguous() for x in (*tensors, last)]
     tables = [x for span in layout[:3] for x in span[:2]] + [layout.sees_visual, layout.sees_text]
@@ -226,7 +226,7 @@ def test_the_same_inputs_give_the_same_bits():
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_rows_that_see_nothing_are_zero_and_rows_in_no_run_too(splits, monkeypatch):
-    monkeypatch.setattr(forward, "choose_splits", lambda *_: splits)
+    monkeypatch.setattr(tiles, "choose_splits", lambda *_: splits)
     q, k = torch.randn(5, 2, 16), torch.randn(5, 2, 16)
     layout = Layout(Span(int32(0, 3), int32(3, 1), 3), Span(int32(1, 4), int32(3, 0), 3), nothing(2),
                     int32(0, 1, 2, 0, 9), int32(0, 0, 0, 0, 9))
@@ -311,7 +311,7 @@ BAD = {
     "sees_text: shape is (3,), expected (4,)": dict(sees_text=int32(1, 2, 3)),
     "sees_visual: contiguous is False, expected True": dict(sees_visual=int32(*range(8))[::2]),
     "first_text: shape is (1,), expected (4,)": dict(first=(int32(2, 2, 2), int32(0))),
-    "query: sample 0 has rows 2 to 6, expected within 0 to 4": dict(query=Span(int32(2), int32(4), 4)),
+    "query: range of sample 0 is 2 to 6, expected within 0 to 4": dict(query=Span(int32(2), int32(4), 4)),
     "text: max_length is 3, expected at least 4, sample 0's length": dict(text=Span(int32(0), int32(4), 3)),
 }
 

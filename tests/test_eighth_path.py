@@ -2,6 +2,7 @@
 other file knows it."""
 
 import dataclasses
+from argparse import Namespace
 from dataclasses import dataclass
 
 import pytest
@@ -18,7 +19,7 @@ from nanoeemllm.decoder import DecoderLayer, LlavaLayer
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.paths import PATHS, add_flags, from_args, layer_numbers, make, register
 from nanoeemllm.training.config import PAPER, freeze
-from nanoeemllm.training.forecast import SampleSize, forecast
+from nanoeemllm.training.forecast import forecast
 from nanoeemllm.weights.initialize import initialize
 from test_model import SAMPLES, picture
 
@@ -105,7 +106,8 @@ def test_it_is_counted_forecast_and_listed():
     assert work["all"] == work["two"] < work["one"] < work["llava"]          # no path carries on the last layer's
     steps = {name: cost.step(its, [(32, [36])], "finetune", False, 8) for name, its in configs.items()}
     assert steps["two"][0] < steps["one"][0] < steps["llava"][0] and steps["two"][1] < steps["one"][1] < steps["llava"][1]
-    lines = list(forecast(configs["one"], PAPER["finetune"], SampleSize(32, 8, 36), 1, 0.5, 512, False))
+    args = Namespace(gpus=1, mfu=0.5, micro_batch_tokens=512, checkpoint_activations=False)
+    lines = list(forecast(configs["one"], PAPER["finetune"], [32, 8, 36], args))
     assert "visual path frozen" in lines[0]
 
     listed = paths_of(arguments.parse_args([]), config)

@@ -48,20 +48,20 @@ def test_compiles_fits_and_spills_nothing(reports, capability):
         assert kernel["shared"] <= SHARED_MEMORY[capability], kernel
         assert kernel["spills"] == 0, kernel
         assert kernel["remarks"] == [], f"ptxas serialises wgmma: {kernel}"
-        if "BLOCK_N" not in kernel:
+        if "STEP" not in kernel:
             continue  # combine and delta have no products
         # the least that wgmma multiplies is 64 rows by a product: decoding's tile of 16 takes the older instruction
-        wgmma = capability == 90 and (kernel["BLOCK_M"] >= 64 or kernel["name"] == "keys_kernel")
+        wgmma = capability == 90 and kernel["OWN"] >= 64
         assert kernel["wgmma" if wgmma else "mma"] > 0 and kernel["mma" if wgmma else "wgmma"] == 0, kernel
         assert "16" in kernel["copies"] and kernel["narrow"] == 0, f"not 16 bytes at a time: {kernel}"
 
 
 def test_every_entry_is_meant_for_some_gpu(reports):
     """No entry of a table is dropped everywhere, as too large or for another's sake."""
-    from nanoeemllm.kernels import backward, forward
-    for table, name in ((forward.FORWARD + forward.FORWARD_FEW, "forward_kernel"), (backward.QUERY, "query_kernel"),
-                        (backward.KEYS, "keys_kernel")):
-        compiled = {tuple(k[x] for x in ("BLOCK_M", "BLOCK_N", "warps", "stages"))
+    from nanoeemllm.kernels import tiles
+    for table, name in ((tiles.FORWARD + tiles.FORWARD_FEW, "forward_kernel"), (tiles.QUERY, "query_kernel"),
+                        (tiles.KEYS, "keys_kernel")):
+        compiled = {tuple(k[x] for x in ("OWN", "STEP", "warps", "stages"))
                     for capability in reports for k in reports[capability] if k["name"] == name}
         assert {tuple(tile[2:]) for tile in table} <= compiled
 
@@ -72,7 +72,7 @@ def compile_all(capability: int, show):
     import triton
     from triton.backends.compiler import GPUTarget
     from kernel_cases import Layout, Span, int32
-    from nanoeemllm.kernels import _empty_grads, backward, forward
+    from nanoeemllm.kernels import _empty_grads, backward, forward, tiles
 
     class NoGPU:
         """Triton's driver, as far as compiling asks it."""
@@ -82,7 +82,7 @@ def compile_all(capability: int, show):
     triton.runtime.driver.set_active(NoGPU())
     triton.knobs.compilation.always_compile = True  # what comes from the cache has no report of ptxas
     triton.knobs.nvidia.dump_ptxas_log = True
-    forward.device_limits = lambda _: (132, capability, SHARED_MEMORY[capability])
+    tiles.device_limits = lambda _: (132, capability, SHARED_MEMORY[capability])
     launch = triton.runtime.jit.JITFunction.run
 
     done = set()
@@ -101,16 +101,10 @@ def compile_all(capability: int, show):
         q, k = (torch.zeros(512, heads, D, dtype=torch.bfloat16) for heads in (H, G))
         tables = [int32(0), int32(512)] * 3 + [torch.zeros(512, dtype=torch.int32)] * 4
         keys, lengths, lse = (k,) * 4, [512, 512, 512], torch.zeros(512, H)
-        for tile in forward.fitting_tiles(forward.FORWARD, forward.forward_rows, q):
-            forward.launch_forward(q, keys, tables, lengths, 1.0, tile, splits=1)
-        for tile in forward.fitting_tiles(forward.FORWARD_FEW, forward.forward_rows, q):
-            forward.launch_forward(q, keys, tables, [1, 512, 512], 1.0, tile, splits=1)
-        grads = _empty_grads(q, keys, [True] * 3)
-        for table, rows, needed, name in ((backward.QUERY, backward.query_rows, [True, False, False], "query_tile"),
-                                          (backward.KEYS, backward.key_rows, [False, True, True], "keys_tile")):
-            for tile in forward.fitting_tiles(table, rows, q):
-                backward.launch_backward(q, q, lse, q, keys, tables, lengths, 1.0, needed, grads, **{name: tile})
+        forward.launch_forward(q, keys, tables, lengths, 1.0, splits=1)
         forward.launch_forward(q, keys, tables, [1, 512, 512], 1.0, splits=4)
+        grads = _empty_grads(q, keys, [True] * 3)
+        backward.launch_backward(q, q, lse, q, keys, tables, lengths, 1.0, [True] * 3, grads)
 
 
 def report(name: str, meta: dict, compiled, log: str) -> dict:
@@ -124,7 +118,7 @@ def report(name: str, meta: dict, compiled, log: str) -> dict:
                               capture_output=True, text=True, check=True).stdout
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", resources).groups())
     ptx = compiled.asm["ptx"]
-    tile = {name: meta[name] for name in ("D", "GROUP", "BLOCK_M", "BLOCK_N") if name in meta}
+    tile = {name: meta[name] for name in ("D", "GROUP", "OWN", "STEP") if name in meta}
     copies = {str(int(width, 16)) for width in re.findall(r"cp\.async\.c.\.shared\.global .*?, (0x\w+)", ptx)}
     narrow = len(re.findall(r"ld\.global\S*\.b16", ptx))  # one number at a time: not known to be aligned
     loops = loops_with_products(code)
@@ -155,7 +149,7 @@ def loops_with_products(code: str) -> list[int]:
     return [stop - begin for begin, stop in loops]
 
 
-COLUMNS = ("name", "D", "GROUP", "BLOCK_M", "BLOCK_N", "warps", "stages", "registers", "spills", "shared", "wgmma", "mma",
+COLUMNS = ("name", "D", "GROUP", "OWN", "STEP", "warps", "stages", "registers", "spills", "shared", "wgmma", "mma",
            "copies", "remarks", "loop", "instructions")
 
 

@@ -42,10 +42,10 @@ def compare(seed: int, case):
 def entries(table: str) -> list:
     """(table, number) of each tile of a table; which of them fit this GPU is known where it is."""
     try:
-        from nanoeemllm.kernels import backward, forward
+        from nanoeemllm.kernels import tiles
     except ImportError:  # no Triton here
         return []
-    return [(table, n) for n in range(len(getattr(forward, table, None) or getattr(backward, table)))]
+    return [(table, n) for n in range(len(getattr(tiles, table)))]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -54,18 +54,17 @@ def entries(table: str) -> list:
 @pytest.mark.parametrize("table, number", [entry for table in ("FORWARD", "FORWARD_FEW", "QUERY", "KEYS")
                                            for entry in entries(table)])
 def test_every_entry(table, number, G, D, dtype, fresh, monkeypatch):
-    from nanoeemllm.kernels import backward, forward
+    from nanoeemllm.kernels import backward, forward, tiles
     module = forward if table.startswith("FORWARD") else backward
-    rows = {"QUERY": backward.query_rows, "KEYS": backward.key_rows}.get(table, forward.forward_rows)
-    tile = getattr(module, table)[number]
+    tile = getattr(tiles, table)[number]
     case = random_case(fresh, D, dtype, longest=600, device="cuda", heads=(32, G))
-    if tile not in forward.fitting_tiles([tile], rows, case[0][0]):
+    if not tiles.fits(tile, case[0][0]):
         pytest.skip("not for this GPU or head width")
     monkeypatch.setattr(module, table, [tile])
     if table == "FORWARD_FEW":  # whatever the number of queries
         monkeypatch.setattr(forward, "FEW", 2 ** 30)
     for splits in ((1, 3) if module is forward else (1,)):
-        monkeypatch.setattr(forward, "choose_splits", lambda *_: splits)
+        monkeypatch.setattr(tiles, "choose_splits", lambda *_: splits)
         compare(fresh, case)
 
 
@@ -79,8 +78,8 @@ def test_against_float64(number, dtype, fresh):
 @pytest.mark.parametrize("splits", [3, 16])
 @pytest.mark.parametrize("D", WIDTHS)
 def test_split_keys(D, splits, fresh, monkeypatch):
-    from nanoeemllm.kernels import forward
-    monkeypatch.setattr(forward, "choose_splits", lambda *_: splits)
+    from nanoeemllm.kernels import tiles
+    monkeypatch.setattr(tiles, "choose_splits", lambda *_: splits)
     compare(fresh, random_case(fresh, D, torch.float32, longest=2000, device="cuda"))
 
 

@@ -14,6 +14,7 @@ between the first and the third quartile. bfloat16.
 
 import argparse
 import functools
+import importlib.util
 import itertools
 import time
 from typing import NamedTuple
@@ -23,17 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from nanoeemllm.attention import Span
 from nanoeemllm.kernels import composite_attention, first_queries
 
 CALLS = 10   # in one graph
 ROUNDS = 15
-
-
-class Span(NamedTuple):
-    start: Tensor
-    length: Tensor
-    max_length: int
 
 
 class Case(NamedTuple):
@@ -77,44 +74,33 @@ class Inputs(NamedTuple):
 
 
 def build(case: Case, G: int, device="cuda", dtype=torch.bfloat16) -> Inputs:
-    sees_visual, sees_text, visual, text = [], [], [], []
+    sees, totals = [], []
     for sample in case.samples:
-        is_visual = torch.cat([torch.full((n,), i % 2) for i, n in enumerate(sample)])
-        counts = torch.stack([is_visual.cumsum(0), (1 - is_visual).cumsum(0)])
-        rows = counts[:, is_visual == int(case.encoder)][:, -(case.queries or 0):]
-        if case.encoder:
-            rows[0] = len(is_visual)
-        sees_visual.append(rows[0])
-        sees_text.append(rows[1])
-        visual.append(int(is_visual.sum()))
-        text.append(len(is_visual) - visual[-1])
-    real = _real([len(rows) for rows in sees_visual])
-    V, visual_real, text_real = max(visual), _real(visual), _real(text)
-
-    def pad(counts):
-        return torch.nn.utils.rnn.pad_sequence(counts, batch_first=True)[:, :, None]
-    mask = torch.cat([torch.arange(V) < pad(sees_visual),
-                      torch.arange(max(text)) < pad(sees_text)], dim=2).to(device)
-    (B, T), S = real.shape, mask.shape[2]
-    padded = [torch.randn(B, n, heads, case.D, device=device, dtype=dtype)
-              for n, heads in ((T, case.H), (S, G), (S, G))]
+        is_visual = torch.cat([torch.full((n,), i % 2 == 1) for i, n in enumerate(sample)])
+        counts = torch.stack([is_visual, ~is_visual], dim=1).cumsum(0)  # keys up to each position
+        totals.append(counts[-1])
+        rows = counts[is_visual == case.encoder][-(case.queries or 0):]
+        sees.append(counts[-1:].expand_as(rows) if case.encoder else rows)
+    queries = torch.tensor([len(rows) for rows in sees])
+    visual, text = torch.stack(totals).T
+    V, T, B = int(visual.max()), int(queries.max()), len(sees)
+    S = V + int(text.max())
+    limits = torch.nn.utils.rnn.pad_sequence(sees, batch_first=True)[..., None].to(device)
+    n = torch.arange(S, device=device)
+    mask = torch.where(n < V, n < limits[:, :, 0], n - V < limits[:, :, 1])
+    padded = [torch.randn(B, rows, heads, case.D, device=device, dtype=dtype)
+              for rows, heads in ((T, case.H), (S, G), (S, G))]
     q, k, v = padded
-    packed = [q[real], k[:, :V][visual_real], v[:, :V][visual_real], k[:, V:][text_real],
-              v[:, V:][text_real]]
-    spans = [_span(lengths, device) for lengths in (real.sum(1).tolist(), visual, text)]
-    sees = [torch.cat(counts).int().to(device) for counts in (sees_visual, sees_text)]
-    first = [first_queries(spans[0], span, counts, len(keys))
-             for span, counts, keys in zip(spans[1:], sees, packed[1::2])]
-    return Inputs(padded, packed, (*spans, *sees, first), mask, real.to(device))
-
-
-def _real(lengths: list[int]) -> Tensor:
-    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-
-
-def _span(lengths: list[int], device) -> Span:
-    length = torch.tensor(lengths, dtype=torch.int32)
-    return Span((length.cumsum(0) - length).int().to(device), length.to(device), max(lengths))
+    real, of_visual, of_text = (torch.arange(length) < lengths[:, None] for lengths, length in
+                                ((queries, T), (visual, V), (text, S - V)))
+    packed = [q[real], k[:, :V][of_visual], v[:, :V][of_visual], k[:, V:][of_text],
+              v[:, V:][of_text]]
+    spans = [Span((length.cumsum(0) - length).int().to(device), length.int().to(device),
+                  int(length.max())) for length in (queries, visual, text)]
+    counts = [x.contiguous() for x in torch.cat(sees).int().to(device).T]
+    first = [first_queries(spans[0], spans[i], counts[i - 1], len(packed[2 * i]))
+             for i in (1, 2)]
+    return Inputs(padded, packed, (*spans, *counts, first), mask, real.to(device))
 
 
 def by_mask(q, k, v, mask):
@@ -130,47 +116,40 @@ def by_mask(q, k, v, mask):
 def contestants(case: Case, inputs: Inputs) -> dict:
     mask = inputs.mask
     B, T, S = mask.shape
-    whole = bool(mask.all())
-    bias = None
+    whole, bias = bool(mask.all()), None
     if not whole:  # padding sees everything, since a softmax over nothing is NaN
         bias = torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill(~mask, -torch.inf)
         bias = bias.masked_fill(~mask.any(-1, keepdim=True), 0)[:, None]
-
-    def sdpa(backend, bias):
-        def attend(q, k, v):
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=bias, enable_gqa=k.shape[1] < q.shape[1]).transpose(1, 2)
-        return attend
-
-    def flex():
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        torch._dynamo.reset()  # or the ninth shape would run uncompiled
-        rule = create_block_mask(lambda b, h, q, k: mask[b, q, k], B, None, T, S,
-                                 device=mask.device)
-        compiled = torch.compile(flex_attention, dynamic=False,
-                                 mode="max-autotune-no-cudagraphs")
-
-        def attend(q, k, v):
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return compiled(q, k, v, block_mask=rule,
-                            enable_gqa=k.shape[1] < q.shape[1]).transpose(1, 2)
-        return attend
-
-    found = {"cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION, bias),
-             "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION, bias), "flex": flex()}
+    found = {"cuDNN": by_sdpa(bias, SDPBackend.CUDNN_ATTENTION),
+             "efficient": by_sdpa(bias, SDPBackend.EFFICIENT_ATTENTION)}
+    torch._dynamo.reset()  # or the ninth shape would run uncompiled
+    flex = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
+    rule = create_block_mask(lambda b, h, q, k: mask[b, q, k], B, None, T, S, device=mask.device)
+    found["flex"] = heads_first(functools.partial(flex, block_mask=rule))
     if whole or case.is_rectangle:
         causal = None if whole else causal_lower_right(T, S)
-        found["flash"] = sdpa(SDPBackend.FLASH_ATTENTION, causal)
-        try:
-            from flash_attn import flash_attn_func
-            found["flash-attn"] = functools.partial(flash_attn_func, causal=not whole)
-        except ImportError:
-            pass
+        found["flash"] = by_sdpa(causal, SDPBackend.FLASH_ATTENTION)
+        if importlib.util.find_spec("flash_attn"):
+            flash_attn = importlib.import_module("flash_attn")
+            found["flash-attn"] = functools.partial(flash_attn.flash_attn_func, causal=not whole)
     if case.is_rectangle and case.samples[0][1] and not case.backward:
         found["two flash calls"] = functools.partial(two_calls, case.samples[0][1])
     return found
+
+
+def heads_first(attend):
+    """attend takes (B, heads, rows, D), and must be told if query heads share key heads."""
+    def call(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return attend(q, k, v, enable_gqa=k.shape[1] < q.shape[1]).transpose(1, 2)
+    return call
+
+
+def by_sdpa(bias, backend):
+    def attend(*args, **kwargs):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*args, attn_mask=bias, **kwargs)
+    return heads_first(attend)
 
 
 def two_calls(V: int, q, k, v):
@@ -194,13 +173,11 @@ class Clock:
         copies = min(CALLS, 2 * cache // max(size, 1) + 2)
         self.sets = [[x.detach().clone().requires_grad_(backward) for x in inputs]
                      for _ in range(copies)]
-        gradient = None
+        gradient = torch.randn_like(call(*inputs)) if backward else None
 
         def run(given):
-            nonlocal gradient
             out = call(*given)
             if backward:
-                gradient = torch.randn_like(out) if gradient is None else gradient
                 torch.autograd.grad(out, given, gradient)
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):  # compiles, which may not happen while recording
@@ -252,67 +229,77 @@ def row(case: Case, G: int, matmul: float, copy: float, deadline: float) -> str:
     inputs = build(case, G)
     group = case.H // G
     heads = [x[:, :, :n] for x, n in zip(inputs.padded, (group, 1, 1))]
-    want = by_mask(*(x.double() for x in heads), inputs.mask)
-    bound = 2 * float((by_mask(*heads, inputs.mask) - want)[inputs.real].norm())
+    want = by_mask(*(x.double() for x in heads), inputs.mask)[inputs.real]
 
     def error(out: Tensor) -> float:
-        return float((out[:, :group].double() - want[inputs.real]).norm())
-    ours = functools.partial(_ours, inputs.layout)
-    if error(ours(*inputs.packed)) > bound:
+        return float((out[:, :group].double() - want).norm())
+    bound = 2 * error(by_mask(*heads, inputs.mask)[inputs.real])
+
+    def ours(*packed):
+        return composite_attention(*packed, *inputs.layout)
+    if not error(ours(*inputs.packed)) <= bound:
         return f"| {case.name} | {G} | WRONG: {error(ours(*inputs.packed)):.1e} > {bound:.1e} |"
     clocks, failed = {"ours": Clock(ours, inputs.packed, case.backward)}, {}
     for name, attend in contestants(case, inputs).items():
         for repeats in sorted({1, group}):  # who cannot share key heads gets them repeated
+            if name in clocks:
+                continue
             keys = [x.repeat_interleave(repeats, 2) for x in inputs.padded[1:]]
             given = [inputs.padded[0], *keys]
             try:
                 if time.monotonic() > deadline:
                     failed[name] = "no time left"
-                elif error(attend(*given)[inputs.real]) > bound:
+                elif not error(attend(*given)[inputs.real]) <= bound:
                     failed[name] = "wrong"
                 else:
                     clocks[name] = Clock(attend, given, case.backward)
-                    failed.pop(name, None)
-                    break
             except Exception as reason:  # a backend refuses a shape in many ways
                 failed[name] = type(reason).__name__
     times = take_turns(clocks)
-    (best, spread), others = times.pop("ours"), times
-    fastest = min((t for t, _ in others.values()), default=float("nan"))
+    best, spread = times.pop("ours")
+    fastest = min((ms for ms, _ in times.values()), default=float("nan"))
     operations = int(inputs.mask.sum()) * case.H * 4 * case.D * (3.5 if case.backward else 1)
     size = sum(x.numel() * 2 for x in (*inputs.packed, inputs.packed[0]))
-    listed = [f"{name} {t:.3f} ±{s:.0%}" for name, (t, s) in others.items()]
-    listed += [f"{name}: {reason}" for name, reason in failed.items()]
-    return (f"| {case.name} | {G} | {best:.3f} ±{spread:.0%} | {fastest:.3f} "
-            f"| {fastest / best:.2f} | {operations / best * 1e3 / matmul:.0%} | {size / best * 1e3 / copy:.0%} "
-            f"| {', '.join(listed)} |")
+    others = [f"{name} {ms:.3f} ±{part:.0%}" for name, (ms, part) in times.items()]
+    others += [f"{name}: {reason}" for name, reason in failed.items() if name not in times]
+    cells = (case.name, G, f"{best:.3f} ±{spread:.0%}", f"{fastest:.3f}", f"{fastest / best:.2f}",
+             f"{operations / best * 1e3 / matmul:.0%}", f"{size / best * 1e3 / copy:.0%}",
+             ", ".join(others))
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def _ours(layout, *packed):
-    return composite_attention(*packed, *layout)
+def make_parser(name: str, doc: str, minutes: float) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m nanoeemllm.bench {name}", description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=minutes,
+                        help="start nothing new after so many")
+    return parser
+
+
+def begin(parser: argparse.ArgumentParser, minutes: float) -> tuple[float, float, float]:
+    """Prints what the GPU can do -> time to end at, operations and copied bytes a second."""
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device found: run it on a machine that has one")
+    deadline = time.monotonic() + 60 * minutes
+    matmul, copy = ceilings()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; matmul {matmul / 1e12:.0f} "
+          f"TFLOP/s, copy {copy / 1e12:.2f} TB/s", flush=True)
+    return deadline, matmul, copy
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(prog="python -m nanoeemllm.bench kernel",
-                                     description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("kernel", __doc__, 8)
     parser.add_argument("--cases", help="beginnings of names, by commas; default: all of "
                         + ", ".join(case.name for case in CASES))
-    parser.add_argument("--minutes", type=float, default=8, help="start nothing new after so many")
     args = parser.parse_args(argv)
     wanted = tuple(args.cases.split(",")) if args.cases else ("",)
     cases = [case for case in CASES if case.name.startswith(wanted)]
     if not cases:
         parser.error(f"--cases: {args.cases} fits none of {', '.join(c.name for c in CASES)}")
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device found: run it on a machine that has one")
-    deadline = time.monotonic() + 60 * args.minutes
-    matmul, copy = ceilings()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; matmul {matmul / 1e12:.0f} "
-          f"TFLOP/s, copy {copy / 1e12:.2f} TB/s\n")
+    deadline, matmul, copy = begin(parser, args.minutes)
     columns = ("case", "key heads", "ours, ms", "best other, ms", "times faster", "of matmul",
                "of copy", "others, ms")
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for case in cases:
         for G in case.groups:
             if time.monotonic() > deadline:

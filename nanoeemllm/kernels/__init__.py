@@ -30,10 +30,10 @@ def composite_attention(q: Tensor, k_visual: Tensor, v_visual: Tensor, k_text: T
     spans = dict(query=query, visual=visual, text=text)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check_tensors(q, *keys, scale)
-    entries = dict(sees_visual=(sees_visual, len(q)), sees_text=(sees_text, len(q)))
+    counts = dict(sees_visual=(sees_visual, len(q)), sees_text=(sees_text, len(q)))
     if first is not None:
-        entries |= dict(first_visual=(first[0], len(k_visual)), first_text=(first[1], len(k_text)))
-    _check_tables(q, entries, spans, (len(q), len(k_visual), len(k_text)))
+        counts |= dict(first_visual=(first[0], len(k_visual)), first_text=(first[1], len(k_text)))
+    _check_tables(q, counts, spans, (len(q), len(k_visual), len(k_text)))
     if first is None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, *keys)):
         first = (first_queries(query, visual, sees_visual, len(k_visual)),
                  first_queries(query, text, sees_text, len(k_text)))
@@ -112,7 +112,7 @@ def _(dout, out, lse, q, k_visual, v_visual, k_text, v_text, tables, max_lengths
 
 def _empty_grads(q, keys, needed) -> list[Tensor]:
     pairs = zip((q, *keys), (needed[0], needed[1], needed[1], needed[2], needed[2]))
-    return [x.new_empty(x.shape if need else 0) for x, need in pairs]
+    return [x.new_empty((len(x) if need else 0, *x.shape[1:])) for x, need in pairs]
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -135,8 +135,8 @@ attend.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 # ---- what is refused ----
 
-def _expect(name: str, what: str, was, expected):
-    if was != expected:
+def _expect(name: str, what: str, was, expected, fits: bool | None = None):
+    if not (was == expected if fits is None else fits):
         raise ValueError(f"{name}: {what} is {was}, expected {expected}")
 
 
@@ -147,39 +147,34 @@ def _check_tensors(q, k_visual, v_visual, k_text, v_text, scale):
         _expect(name, "dtype", x.dtype, q.dtype)
         _expect(name, "device", x.device, q.device)
         _expect(name, "head width", x.shape[2], q.shape[2])
-        if name != "q":
-            _expect(name, "number of heads", x.shape[1], k_text.shape[1])
+        _expect(name, "number of heads", x.shape[1], (q if x is q else k_text).shape[1])
     _expect("v_visual", "number of rows", len(v_visual), len(k_visual))
     _expect("v_text", "number of rows", len(v_text), len(k_text))
     H, D, G = *q.shape[1:], k_text.shape[1]
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"q: dtype is {q.dtype}, expected bfloat16, float16 or float32")
-    if not q.is_meta and (D % 8 or not 16 <= D <= 256):
-        raise ValueError(f"q: head width is {D}, expected a multiple of 8 from 16 to 256")
-    if not G or H % G:
-        raise ValueError(f"q: number of heads is {H}, expected a multiple of k_text's {G}")
+    types = (torch.bfloat16, torch.float16, torch.float32)
+    _expect("q", "number of heads", H, f"a multiple of k_text's {G}", G > 0 and H % G == 0)
+    _expect("q", "dtype", q.dtype, "bfloat16, float16 or float32", q.is_meta or q.dtype in types)
+    _expect("q", "head width", D, "a multiple of 8 from 16 to 256",
+            q.is_meta or D % 8 == 0 and 16 <= D <= 256)
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale: is {scale}, expected a positive number")
 
 
-def _check_tables(q, entries, spans, rows):
-    """The kernels read these as if contiguous, int32 and on q's device (unless that is `meta`)."""
+def _check_tables(q, counts, spans, rows):
+    """The kernels read these as if contiguous, int32 and on q's device (unless that is `meta`).
+    counts: (tensor, number of entries) by name; rows: of query, visual and text."""
     samples = len(spans["query"][0])
     for name, span in spans.items():
-        entries |= {f"{name}.start": (span[0], samples), f"{name}.length": (span[1], samples)}
-    for name, (x, number) in entries.items():
+        counts |= {f"{name}.start": (span[0], samples), f"{name}.length": (span[1], samples)}
+    for name, (x, number) in counts.items():
         _expect(name, "dtype", x.dtype, torch.int32)
         _expect(name, "shape", tuple(x.shape), (number,))
         _expect(name, "contiguous", x.is_contiguous(), True)
-        if not q.is_meta:
-            _expect(name, "device", x.device, q.device)
+        _expect(name, "device", x.device, q.device, q.is_meta or x.device == q.device)
     if spans["query"][0].is_cpu and not torch.compiler.is_compiling():
-        for (name, span), there in zip(spans.items(), rows):
-            runs = zip(span[0].tolist(), span[1].tolist())
-            for b, (start, length) in enumerate(runs):
-                if not 0 <= start <= start + length <= there:
-                    raise ValueError(f"{name}: sample {b} has rows {start} to {start + length}, "
-                                     f"expected within 0 to {there}")
-                if length > span[2]:
-                    raise ValueError(f"{name}: max_length is {span[2]}, expected at least "
-                                     f"{length}, sample {b}'s length")
+        for (name, (starts, lengths, longest)), there in zip(spans.items(), rows):
+            for b, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist())):
+                _expect(name, f"range of sample {b}", f"{start} to {start + length}",
+                        f"within 0 to {there}", 0 <= start <= start + length <= there)
+                _expect(name, "max_length", longest, f"at least {length}, sample {b}'s length",
+                        length <= longest)
