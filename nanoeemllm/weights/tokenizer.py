@@ -32,15 +32,16 @@ class Tokenizer:
                 text = file.read()
         with _library_errors(f"{where} is not a tokenizer that works"), _silent_stderr():
             self._tokenizer = tokenizers.Tokenizer.from_buffer(text) if text is not None else source
+            self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
+        if self.vocab_size > 2 ** 20:               # the library writes it out id by id
+            raise UserError(f"{where} has a token of id {self.vocab_size - 1}, over 2^20")
+        with _library_errors(f"{where} is not a tokenizer that works"), _silent_stderr():
             self._inner, self.prefix_after_special = _without_prefix(self._tokenizer)
             for part in (self._tokenizer, self._inner):
                 part.no_truncation()                # published files bring such settings along
                 part.no_padding()
                 part.encode_special_tokens = True   # "</s>" in a user's text is four characters
                 part.decode(part.encode("a \u00e9\n", add_special_tokens=False).ids)
-            self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
-        if self.vocab_size > 2 ** 20:
-            raise UserError(f"{where} has a token of id {self.vocab_size - 1}, over 2^20")
         self.eos_ids: tuple[int, ...] = tuple(eos_ids) or self._first_of(EOS_NAMES)
         bos_ids = self._first_of(BOS_NAMES) if bos_ids is None else bos_ids
         self.bos_id: int | None = next(iter(bos_ids), None)
