@@ -50,6 +50,25 @@ def converted(tmp_path, *args, **load):
     return nanoeemllm.load(tmp_path / "model", device="cpu", **load)
 
 
+def test_a_conversion_killed_at_any_moment_leaves_the_old_model_or_the_new_one(tmp_path):
+    """--force, killed at every call that changes the disk."""
+    from test_border import killed_at
+    tensors, config, tokenizer = published.read(SOURCES / "smollm2", None, None, None, None, None)
+    changed = dataclasses.replace(config, chat_template="short")
+    for number in range(1, 1000):
+        folder = tmp_path / str(number) / "model"
+        model_folder.save(tensors, config, tokenizer, folder)
+        killed = killed_at(number, lambda: model_folder.save(tensors, changed, tokenizer, folder))
+        assert folder.is_dir()                                           # before any other command
+        files.finish_replacement(folder)
+        found = model_folder.load(folder, "cpu").config.chat_template
+        assert found in ((config.chat_template, "short") if killed else ("short",))
+        assert [path.name for path in folder.parent.iterdir()] == ["model"]
+        if not killed:
+            assert number > 6
+            return
+
+
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape
     return (a - b).abs().max().item()
