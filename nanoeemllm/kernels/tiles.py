@@ -20,12 +20,12 @@ class Tile(NamedTuple):
 
 # A launch takes the first entry that fits the GPU. Chosen by what the compiler makes of them
 # (README.md: no spills, wgmma not serialised); no GPU has measured them yet.
-FORWARD = [Tile(90, 80, 128, 128, 8, 3), Tile(80, 128, 128, 64, 8, 3), Tile(80, 128, 64, 64, 4, 2)]
-# Few queries, as in decoding: 16 rows are the least that tensor cores multiply, and blocks of 32
-# share a sequence out more evenly than blocks of 64. Narrow heads spilled with three stages.
-FORWARD_FEW = [Tile(80, 80, 16, 64, 4, 2), Tile(80, 128, 16, 32, 4, 3)]
+FORWARD = [Tile(90, 80, 128, 128, 8, 3), Tile(90, 128, 128, 64, 8, 3),
+           Tile(80, 80, 128, 64, 8, 3), Tile(80, 128, 64, 64, 4, 2)]
+# Few queries, as in decoding: 16 rows are the least that tensor cores multiply. More stages spill.
+FORWARD_FEW = [Tile(89, 128, 16, 64, 4, 2), Tile(80, 128, 16, 32, 4, 2)]
 QUERY = [Tile(90, 128, 128, 64, 8, 3), Tile(80, 128, 128, 32, 8, 3), Tile(80, 128, 128, 32, 8, 2)]
-KEYS = [Tile(80, 128, 128, 32, 8, 3), Tile(80, 128, 128, 32, 8, 2)]
+KEYS = [Tile(90, 128, 128, 32, 8, 3), Tile(80, 128, 64, 32, 8, 2)]
 SMALL = Tile(80, 256, 16, 32, 4, 1)  # for wider heads; and float32 has no tensor cores to feed
 FEW = 16                             # packed query rows up to which a call counts as "few"
 
