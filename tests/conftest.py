@@ -24,7 +24,8 @@ def pytest_collection_finish(session):
         tests = Path(__file__).with_name("kernel_interpreted.py")
         session.config.stash[INTERPRETED] = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-q", "-x", str(tests)], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+            stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: os.nice(15),
+            env={**os.environ, "TRITON_INTERPRET": "1"})        # the other tests come first
 
 
 def pytest_sessionfinish(session):
