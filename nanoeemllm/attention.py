@@ -18,7 +18,7 @@ and kernels/ is the rule in Triton, for GPUs.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -49,20 +49,27 @@ class Visibility:
     query: Span
     visual: Span
     text: Span
-    sees_visual: Tensor    # (N,) int32: the row sees so many of its sample's visual keys
-    sees_text: Tensor      # (N,) int32: and so many of its text keys
+    sees_visual: Tensor            # (N,) int32: the row sees so many of its sample's visual keys
+    sees_text: Tensor              # (N,) int32: and so many of its text keys
+    capacity: int | None = None    # of a cache: sample b's text keys begin at row b * capacity, and
+                                   # there are no visual keys, or those of one sample alone
 
     @cached_property
     def text_alone(self) -> "Visibility":    # the same queries where there are no visual keys
-        none = torch.zeros_like(self.sees_visual)
-        return Visibility(self.query, empty_span(self.query), self.text, none, self.sees_text)
+        return replace(self, visual=empty_span(self.query), sees_visual=self.sees_visual * 0)
 
     @cached_property
-    def blocks(self) -> "list[Block]":         # of attention_sdpa, once for all layers
+    def blocks(self) -> "list[Block]":       # of attention_sdpa, once for all layers
         return make_blocks(self)
 
     @cached_property
-    def first_queries(self) -> dict:           # of kernels/, likewise, by the numbers of key rows
+    def padding(self) -> Tensor | None:      # of attend_in_cache, a mask (B, 1, 1, keys)
+        place = torch.arange(self.text.max_length, device=self.text.length.device)
+        mask = (place < self.text.length[:, None])[:, None, None]
+        return None if mask.all() else mask
+
+    @cached_property
+    def first_queries(self) -> dict:         # of kernels/, likewise, by the numbers of key rows
         return {}
 
 
@@ -138,113 +145,114 @@ def samples_of(sees: Visibility) -> list[tuple]:
 
 # ---- PyTorch's own attention ----
 
-_BLOCK = 256             # query rows at a time
-_FEW = 16                # up to so many query rows, keys of both kinds are not concatenated
+BLOCK = 256     # query rows at a time
+FEW = 16        # up to so many query rows, keys of both kinds are not concatenated
 
 
 class Block(NamedTuple):
-    """Query rows of a sample, and keys that the last of them sees; or of `count` like samples."""
+    """Some query rows of a sample, and the keys that the last of them sees. `count` samples that
+    are alike, one behind the other, are one block."""
     rows: slice
     visual: slice
     text: slice
     count: int
-    mask: Tensor | None     # (1, 1, rows, keys); None: all see all
-    blind: Tensor | None    # (1, rows, 1, 1): rows that see no key
+    mask: Tensor | None     # (rows, keys); None: all see all
     is_causal: bool         # row i sees the first i + 1 keys
 
 
 def make_blocks(sees: Visibility) -> list[Block]:
     blocks: list[Block] = []
     text_counts, visual_counts = sees.sees_text.tolist(), sees.sees_visual.tolist()
-    for (q_start, Q), (v_start, _), (t_start, _) in samples_of(sees):
-        text, visual = text_counts[q_start:q_start + Q], visual_counts[q_start:q_start + Q]
-        if not Q or not text[-1] + visual[-1]:
-            continue
+    for (row, Q), (v, _), (t, _) in samples_of(sees):
+        text, visual = text_counts[row:row + Q], visual_counts[row:row + Q]
         is_causal = Q > 1 and not visual[-1] and text == list(range(1, Q + 1))
-        uniform = text[0] == text[-1] and visual[0] == visual[-1]
-        size = Q if is_causal or uniform else _BLOCK
-        for first in range(0, Q, size):
-            stop = min(first + size, Q)
-            rows, V, T = slice(q_start + first, q_start + stop), visual[stop - 1], text[stop - 1]
-            masked = not (is_causal or uniform)
-            mask, blind = split_blind(visible(sees, rows, V, T)) if masked else (None, None)
-            block = Block(rows, slice(v_start, v_start + V), slice(t_start, t_start + T), 1, mask,
-                          blind, is_causal)
-            if V + T and not (blocks and uniform and merge(blocks, block)):
-                blocks.append(block)
+        is_uniform = Q > 0 and text[0] == text[-1] and visual[0] == visual[-1]
+        step = Q if is_causal or is_uniform else BLOCK
+        for first in range(0, Q, max(1, step)):
+            stop = min(first + step, Q)
+            V, T = visual[stop - 1], text[stop - 1]
+            rows = slice(row + first, row + stop)
+            mask = None if is_causal or is_uniform else visible(sees, rows, V, T)
+            new = Block(rows, slice(v, v + V), slice(t, t + T), 1, mask, is_causal)
+            joined = join(blocks[-1], new) if blocks and is_uniform and not V else None
+            blocks[-1:] = [joined] if joined else [*blocks[-1:], new]
     return blocks
 
 
-def split_blind(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A softmax over nothing is NaN: rows that see no key are let see all, and zeroed afterwards.
-    (Q, K) -> mask (1, 1, Q, K) and the rows to zero (1, Q, 1, 1), if any."""
-    blind = ~mask.any(-1, keepdim=True)
-    return (mask | blind)[None, None], blind[None, :, :, None] if blind.any() else None
+def join(last: Block, new: Block) -> Block | None:
+    """Both as one, if new is like each of last's samples and follows them: the images of a batch."""
+    rows, text, count = last.rows, last.text, last.count + 1
+    follows = (rows.stop, text.stop) == (new.rows.start, new.text.start)
+    is_like = (count * size(new.rows) == new.rows.stop - rows.start
+               and count * size(new.text) == new.text.stop - text.start)
+    if last.mask is not None or last.is_causal or size(last.visual) or not follows or not is_like:
+        return None
+    return Block(slice(rows.start, new.rows.stop), new.visual, slice(text.start, new.text.stop),
+                 count, None, False)
 
 
-def merge(blocks: list[Block], new: Block) -> bool:
-    """Joins a block to the one before, if both see all of their keys, are of one size and follow
-    one another: all images of an encoder's batch in one call."""
-    last, joined = blocks[-1], []
-    for before, after in zip(last[:3], new[:3]):
-        n = after.stop - after.start
-        if before.stop != after.start or before.stop - before.start != n * last.count:
-            return False
-        joined.append(slice(before.start, after.stop))
-    if last.mask is not None or last.is_causal:
-        return False
-    blocks[-1] = Block(*joined, last.count + 1, None, None, False)
-    return True
+def size(rows: slice) -> int:
+    return rows.stop - rows.start
 
 
 def attention_sdpa(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
     """Sample by sample, and block by block of its queries, each with the keys that it can see."""
-    blocks, out = sees.blocks, [q[:0]]
-    k_visual, v_visual = (pieces(x, [b.visual for b in blocks]) for x in keys[:2])
-    k_text, v_text = (pieces(x, [b.text for b in blocks]) for x in keys[2:])
-    for i, (b, rows) in enumerate(zip(blocks, pieces(q, [b.rows for b in blocks]))):
+    if sees.capacity:
+        return attend_in_cache(q, keys, sees)
+    blocks, out, end = sees.blocks, [], 0
+    k_visual, v_visual = (split(x, [b.visual for b in blocks]) for x in keys[:2])
+    k_text, v_text = (split(x, [b.text for b in blocks]) for x in keys[2:])
+    for i, (b, rows) in enumerate(zip(blocks, split(q, [b.rows for b in blocks]))):
         parts = [(k.unflatten(0, (b.count, -1)), v.unflatten(0, (b.count, -1)))
                  for k, v in ((k_visual[i], v_visual[i]), (k_text[i], v_text[i])) if len(k)]
-        rows = softmax_attention(rows.unflatten(0, (b.count, -1)), parts, b.mask, b.is_causal)
-        out.append((rows if b.blind is None else rows.masked_fill(b.blind, 0)).flatten(0, 1))
-    if is_partition([b.rows for b in blocks], len(q)):
-        return torch.cat(out)
-    rows = [row for b in blocks for row in range(b.rows.start, b.rows.stop)]
-    rows = torch.tensor(rows, dtype=torch.long, device=q.device)
-    return torch.zeros_like(q).index_copy(0, rows, torch.cat(out))
+        rows = rows.unflatten(0, (b.count, -1))
+        rows = softmax_attention(rows, parts, b.mask, b.is_causal) if parts else rows * 0
+        out += [q.new_zeros(b.rows.start - end, *q.shape[1:]), rows.flatten(0, 1)]
+        end = b.rows.stop
+    return torch.cat([*out, q.new_zeros(len(q) - end, *q.shape[1:])])
 
 
-def is_partition(slices: list[slice], rows: int) -> bool:    # one behind the other, all rows
-    ends = [0, *(s.stop for s in slices)]
-    return [*(s.start for s in slices), rows] == ends
+def split(x: Tensor, slices: list[slice]) -> list[Tensor]:
+    """The slices of x; by one split where they do not overlap, whose gradient is one concatenation
+    instead of one zero-filled tensor a slice."""
+    sizes, end = [], 0
+    for s in slices:
+        if s.start < end:
+            return [x[s] for s in slices]
+        sizes += [s.start - end, s.stop - s.start]
+        end = s.stop
+    return list(x.split([*sizes, len(x) - end])[1::2])
 
 
-def pieces(x: Tensor, slices: list[slice]) -> list[Tensor]:
-    """The slices of x; by one split where that can be, whose gradient is one concatenation."""
-    if is_partition(slices, len(x)):
-        return x.split([s.stop - s.start for s in slices]) if slices else []
-    return [x[s] for s in slices]
+def attend_in_cache(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
+    """Decoding: a query a sample, and all samples' text keys at equal distances, in one call."""
+    parts = [[x.unflatten(0, (-1, sees.capacity))[:len(q), :sees.text.max_length]
+              for x in keys[2:]]]
+    if sees.visual.max_length:
+        parts.insert(0, [x[None] for x in keys[:2]])
+    return softmax_attention(q[:, None], parts, sees.padding, False).squeeze(1)
 
 
 def softmax_attention(q: Tensor, parts: list, mask: Tensor | None, is_causal: bool) -> Tensor:
     """q (B, Q, H, D) over keys and values (B, K, G, D) in one or two parts -> (B, Q, H, D)."""
     B, Q, H, D = q.shape
     group = H // parts[0][0].shape[2]
-    if len(parts) > 1 and Q > _FEW:
+    if len(parts) > 1 and Q > FEW:
         parts = [[torch.cat(kind, dim=1) for kind in zip(*parts)]]
     q = q.transpose(1, 2)
     if group > 1 and not is_causal:      # the query heads of a key head become rows of its queries
         q = q.reshape(B, H // group, group * Q, D)
-        mask = None if mask is None else mask.repeat(1, 1, group, 1)
-    if len(parts) == 1:
+        mask = mask.repeat(group, 1) if mask is not None and Q > 1 else mask
+    if len(parts) == 1:                  # a row that sees no key becomes 0
         k, v = (x.transpose(1, 2) for x in parts[0])
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal,
                                              enable_gqa=group > 1 and is_causal)
     else:                                # few queries: the keys of both kinds stay where they are
         scores = torch.cat([q @ k.permute(0, 2, 3, 1) for k, _ in parts], dim=-1)
         scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * D ** -0.5
+        weights = scores.softmax(-1)
         if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1).to(q.dtype).split([k.shape[1] for k, _ in parts], dim=-1)
+            weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
+        weights = weights.to(q.dtype).split([k.shape[1] for k, _ in parts], dim=-1)
         out = sum(w @ v.transpose(1, 2) for w, (_, v) in zip(weights, parts))
     return out.reshape(B, H, Q, D).transpose(1, 2)

@@ -37,9 +37,9 @@ class KVCache:
         self.capacity = layout.text.max_length + max_new_tokens
         if static:                                       # so that the next prompt fits, too
             self.capacity, self.visual_rows = round_up(self.capacity), round_up(self.visual_rows)
-        shape = (L, self.batch * self.capacity, config.num_key_value_heads, config.head_dim)
-        self.k_text = torch.zeros(shape, dtype=dtype, device=device)
-        self.v_text = torch.zeros_like(self.k_text)
+        shape = (self.batch * self.capacity, config.num_key_value_heads, config.head_dim)
+        self.k_text, self.v_text = ([torch.zeros(shape, dtype=dtype, device=device)
+                                     for _ in range(L)] for _ in "kv")
         self.k_visual: list[Tensor | None] = [None] * L  # a path may have fewer rows or heads
         self.v_visual: list[Tensor | None] = [None] * L
         # start and length of text, visual and the last image's rows, and the next position
@@ -48,25 +48,23 @@ class KVCache:
         self.begin(layout)
 
     def fits(self, layout: Layout, max_new_tokens: int, dtype: torch.dtype) -> bool:
+        k = self.k_text[0]
         return (self.static and layout.num_samples <= self.batch
-                and layout.num_visual <= self.visual_rows and dtype == self.k_text.dtype
-                and layout.text.max_length + max_new_tokens <= self.capacity
-                and layout.position.device == self.k_text.device)
+                and layout.num_visual <= self.visual_rows
+                and (k.dtype, k.device) == (dtype, layout.position.device)
+                and layout.text.max_length + max_new_tokens <= self.capacity)
 
     def begin(self, layout: Layout):
         """Drops the old contents and prepares for a pass over these prompts."""
         self.running, self.decoding, last = layout.num_samples, False, layout.last_images
         self.longest = [span.max_length for span in (layout.text, layout.visual, last)]
         start = torch.arange(self.running, dtype=torch.int32, device=layout.position.device)
+        start = start * self.capacity
         end = (layout.text.start + layout.text.length - 1).long()
         self.table[:, :self.running] = torch.stack([
-            start * self.capacity, layout.text.length, *layout.visual[:2], *last[:2],
-            layout.position[end] + 1])
-        shift = start * self.capacity - layout.text.start
-        rows = torch.arange(layout.num_text, device=start.device) + torch.repeat_interleave(
-            shift, layout.text.length.long(), output_size=layout.num_text)
-        # one prompt is a slice, which is written faster than an index
-        self.rows = slice(0, layout.num_text) if self.running == 1 else rows
+            start, layout.text.length, *layout.visual[:2], *last[:2], layout.position[end] + 1])
+        self.rows = torch.arange(layout.num_text, device=start.device) + torch.repeat_interleave(
+            start - layout.text.start, layout.text.length.long(), output_size=layout.num_text)
 
     def update_visual(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores what a prompt's pass made; while decoding there is nothing new. Returns what is
@@ -83,8 +81,8 @@ class KVCache:
         return k, v
 
     def update_text(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k_text, v_text = self.k_text[layer], self.v_text[layer]
-        k_text[self.rows], v_text[self.rows] = k, v
+        k_text = self.k_text[layer].index_copy_(0, self.rows, k)
+        v_text = self.v_text[layer].index_copy_(0, self.rows, v)
         return (k_text, v_text) if self.decoding else (k, v)
 
     # ---- decoding ----
@@ -98,18 +96,18 @@ class KVCache:
 
     def grow(self) -> Tensor:
         """The same on the device: the new tokens' positions (B,); their rows are the next ones."""
-        text_start, text_length, position = self.table[[0, 1, 6], :self.running]
-        self.rows, self.decoding = text_start + text_length, True
-        if self.running == 1 and not self.static:
-            self.rows = slice(int(self.rows), int(self.rows) + 1)
-        self.table[1, :self.running] += 1
-        self.table[6, :self.running] += 1
-        return position
+        start, length, *_, position = self.table[:, :self.running]
+        self.rows, self.decoding = (start + length).long(), True
+        length += 1
+        position += 1
+        return position - 1
 
     def visibility(self) -> Visibility:
         """A new token sees all that its sample has."""
         query, text, visual, _ = self.spans()
-        return Visibility(query, visual, text, visual.length, text.length)
+        in_one_call = not self.static and (self.batch == 1 or not visual.max_length)
+        return Visibility(query, visual, text, visual.length, text.length,
+                          self.capacity if in_one_call else None)
 
     @property
     def last_image_queries(self) -> Visibility:
@@ -126,9 +124,14 @@ class KVCache:
                 *(Span(table[2 * i], table[2 * i + 1], bounds[i]) for i in range(3))]
 
     def select(self, samples: Tensor):
-        """Goes on with these of the samples; no key is moved."""
+        """Goes on with these of the samples. A static cache moves no key; another one closes the
+        gaps, so that one call still serves all samples."""
         self.running = len(samples)
         self.table[:, :self.running] = self.table[:, samples]
+        if not self.static:
+            for keys in (self.k_text, self.v_text):
+                keys[:] = [x.unflatten(0, (-1, self.capacity))[samples].flatten(0, 1) for x in keys]
+            self.table[0, :self.running] = torch.arange(self.running) * self.capacity
 
     def replay(self, ids: Tensor, step) -> Tensor:
         """step(ids, self) as one launch: eager the first time a batch of this size comes by (the

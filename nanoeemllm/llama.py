@@ -50,16 +50,17 @@ def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
 
 
 def rope_cos_sin(position: Tensor, config: LlamaConfig, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (N, 1, D), for positions (N,), in the number type and place of `like`."""
-    angle = position[:, None].float() * rope_frequencies(config, position.device)      # (N, D/2)
-    angle = torch.cat([angle, angle], dim=-1)[:, None, :]
-    return angle.cos().to(like), angle.sin().to(like)
+    """The cosine and the signed sine of every rotation, each (N, 1, D), for positions (N,), in the
+    number type and place of `like`."""
+    angle = position[:, None, None].float() * rope_frequencies(config, position.device)
+    cos, sin = angle.cos(), angle.sin()                                              # (N, 1, D/2)
+    return torch.cat([cos, cos], -1).to(like), torch.cat([-sin, sin], -1).to(like)
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates the pairs (x_i, x_{i + D/2}) of every head by the row's angles. x (N, heads, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * rope[0] + torch.cat([-second, first], dim=-1) * rope[1]
+    cos, sin = rope
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class SelfAttention(nn.Module):

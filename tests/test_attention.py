@@ -24,8 +24,8 @@ def inputs(seed, H=4, G=2, D=8):
 def test_equals_the_rule(seed, visual, block, monkeypatch):
     """Output and all gradients; visual: the visual rows are the queries (`llava`). Blocks small,
     and few queries fewer, in turns, so that every way is taken."""
-    monkeypatch.setattr(attention, "_BLOCK", block)
-    monkeypatch.setattr(attention, "_FEW", (2, 16)[seed % 2])
+    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(attention, "FEW", (2, 16)[seed % 2])
     tensors, layout = inputs(seed)
     sees = layout.text_queries
     if visual:

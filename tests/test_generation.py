@@ -137,7 +137,7 @@ def test_a_static_cache_gives_the_same_answers_prompt_after_prompt(path):
         assert model.generate_batch(prompts, images, max_new_tokens=12, stop_ids=stop) == expected
         assert list(model.generate(prompts[3], images[3], max_new_tokens=12)) == free[3]
         assert model.spare_cache is cache
-        places.append([x.data_ptr() for x in (cache.k_text, cache.v_text, cache.table,
+        places.append([x.data_ptr() for x in (*cache.k_text, *cache.v_text, cache.table,
                                               *cache.k_visual, *cache.v_visual)])
     assert places[0] == places[1]
 
