@@ -102,7 +102,29 @@ def test_vision_features(name, tmp_path):
         with torch.no_grad():
             features = model.vision(patches, [grid])[::STRIDE]
         assert difference(features, EXPECTED[f"{name}.{size}"]) <= TOLERANCE, size
-    assert model.projector.linear_1.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    C = model.config.vision.hidden_size
+    assert model.projector.linear_1.weight.std().item() == pytest.approx(C ** -0.5, rel=0.2)
+
+
+def test_new_visual_tokens_have_the_mean_and_the_spread_of_words(tmp_path):
+    """Made by the conversion, and by load where the folder has no projector."""
+    source = shutil.copytree(SOURCES / "smollm2", tmp_path / "source")
+    words = published.read(source)[0]["decoder.embed_tokens.weight"].load().float()
+    torch.manual_seed(0)
+    mean, spread = 0.2 * torch.randn(words.shape[1]), 0.05 + 0.1 * torch.rand(words.shape[1])
+    words = mean + spread * torch.randn_like(words)
+    merged(source, {"model.embed_tokens.weight": words})
+    model = converted(tmp_path, "--llm", source, "--vision", SOURCES / "siglip")
+    state = {name: x for name, x in model.state_dict().items() if not name.startswith("projector.")}
+    model_folder.save(state, model.config, model.tokenizer, tmp_path / "without")
+    loaded = nanoeemllm.load(tmp_path / "without", "cpu", new_parts=True)
+    for projector in (model.projector, loaded.projector):
+        with torch.no_grad():
+            visual = projector(torch.randn(4000, model.config.vision.hidden_size))
+        rms = [x.square().mean().sqrt().item() for x in (visual, words)]
+        assert rms[0] == pytest.approx(rms[1], rel=0.25)
+        assert torch.corrcoef(torch.stack([visual.mean(0), mean]))[0, 1] > 0.8
+        assert 0.5 < (visual.std(0) / spread).median() < 1.5
 
 
 def renamed(folder: Path, out: Path, old: str, new: str, tower: str) -> Path:

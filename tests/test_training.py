@@ -340,9 +340,17 @@ def test_metrics_held_out_loss_and_curve(tmp_path):
 
 
 def test_schedule():
-    config = TrainConfig("finetune", 100, 8, 2.0, warmup=0.04)
-    rates = [learning_rate(config, step) for step in range(100)]
-    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[52] == pytest.approx(1.0) and 0 < rates[99] < 0.01
+    config = TrainConfig("finetune", 400, 8, 2.0, warmup=0.04)
+    rates = [learning_rate(config, step) for step in range(400)]
+    assert rates[:3] == [0.125, 0.25, 0.375] and rates[15:17] == [2.0, 2.0]
+    assert rates[208] == pytest.approx(1.0) and 0 < rates[399] < 0.01
+
+
+@pytest.mark.parametrize("steps, warm", [(1, 1), (10, 2), (40, 8), (60, 8), (250, 8), (300, 9), (2180, 65)])
+def test_short_runs_warm_up_too(steps, warm):
+    config = TrainConfig("pretrain", steps, 8, 1.0)
+    assert [learning_rate(config, step) for step in range(warm)] == [(step + 1) / warm for step in range(warm)]
+    assert warm == steps or learning_rate(config, warm + 1) < 1
 
 
 # ---- what goes wrong ----

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.paths import is_trained
 
+WARMUP_STEPS = 8             # at least, in runs of 40 steps and more: see learning_rate
 MICRO_BATCH_TOKENS = 8192    # a 7B model's activations of them take about 40 GB, not checkpointed
 
 
@@ -50,8 +51,12 @@ def stage_config(stage: str, args: argparse.Namespace, samples: int | None = Non
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then cosine to 0. Steps count from 0."""
-    warm = max(1, round(config.warmup * config.steps))
+    """Linear warm-up, then cosine to 0. Steps count from 0.
+
+    AdamW's first steps change every weight by the whole learning rate, however small its gradient.
+    In a short run 3% of the steps are one or two: too few for a new part, whose loss rises.
+    """
+    warm = max(1, round(config.warmup * config.steps), min(WARMUP_STEPS, config.steps // 5))
     if step < warm:
         return config.learning_rate * (step + 1) / warm
     done = (step - warm) / max(1, config.steps - warm)

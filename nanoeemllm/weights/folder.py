@@ -46,20 +46,22 @@ def load(folder, device=None, dtype: torch.dtype | None = None,
         if x.dtype not in DTYPES:
             raise UserError(f"{quoted(folder)}: {name} is {x.dtype}; weights must be "
                             + ", ".join(DTYPES.values()))
+    new = {}
     if new_parts:
         state = {name: x for name, x in state.items()
                  if name in expected or not is_new_weight(name)}
         new = {name: x for name, x in expected.items()
                if name not in state and is_new_weight(name)}
-        stored = next((x.dtype for x in state.values()), None)
-        for name, x in random_weights(new, config).items():
-            state[name] = x.to(device, stored)
     elif config.visual_path != trained and any(map(is_new_weight, expected.keys() ^ state.keys())):
         raise UserError(f"{quoted(folder)} was trained as {trained.name}; "
                         f"{config.visual_path.name} as asked for has other weights of its own: "
                         f"train them with train.py --stage pretrain --init {quoted(folder)} "
                         "and the same visual path")
-    check_tensors(folder, expected, state)
+    check_tensors(folder, {name: x for name, x in expected.items() if name not in new}, state)
+    if new:
+        words = state["decoder.embed_tokens.weight"]
+        for name, x in random_weights(new, config, words).items():
+            state[name] = x.to(device, words.dtype)
     model.load_state_dict({name: state.pop(name).to(dtype=dtype) for name in list(state)},
                           assign=True)
     return model

@@ -124,7 +124,8 @@ def read(llm: Path | None = None, vision: Path | None = None, llava: Path | None
         raise UserError(f"{quoted(first.folder)} stores its weights in another type than "
                         f"{', '.join(DTYPES.values())}: give --dtype")
     new = {name: x for name, x in expected.items() if name not in tensors}
-    for name, x in (tensors | random_weights(new, config)).items():
+    new = random_weights(new, config, tensors["decoder.embed_tokens.weight"])
+    for name, x in (tensors | new).items():
         tensors[name] = Lazy(tuple(x.shape), dtype, functools.partial(x.to, dtype))
     return tensors, config, tokenizer
 
