@@ -39,8 +39,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from .tiles import (FEW, FORWARD, FORWARD_FEW, choose_tile, main_columns, rest_columns, sizes,
-                    splits_for)
+from .tiles import FEW, FORWARD, FORWARD_FEW, choose_tile, columns, parts, sizes, splits_for
 
 LOG2_E = constexpr(1 / math.log(2))
 LOWEST = constexpr(-3.0e38)  # "no key yet": unlike -inf it can be subtracted from itself
@@ -62,44 +61,39 @@ Blocks = namedtuple("Blocks", "k v sees seen full masked")
 # ---- a tile (rows, D) is one part or, where D is no power of two, two: 64 + 16 columns for 72 ----
 
 @triton.jit
-def pointers(x, place, FIRST: constexpr, COLUMNS: constexpr, D: constexpr):
-    """-> (rows, COLUMNS) pointers to the columns from FIRST on, and a mask of those that exist."""
+def pointers(x, place, PART: constexpr, D: constexpr):
+    """-> (rows, columns) pointers to one part, and a mask of those that exist."""
     base = x.x + (place.row * x.row + place.head * x.head) * 8
     offsets = (place.r * x.row + place.h * x.head) * 8
-    d = FIRST + tl.arange(0, COLUMNS)[None, :]
+    d = PART * columns(D, 0) + tl.arange(0, columns(D, PART))[None, :]
     mask = place.inside[:, None]
-    if FIRST + COLUMNS > D:
+    if PART * columns(D, 0) + columns(D, PART) > D:
         mask = mask & (d < D)
     return base + offsets[:, None] + d, mask
 
 
 @triton.jit
 def load_rows(x, place, D: constexpr):
-    p, mask = pointers(x, place, 0, main_columns(D), D)
-    main = tl.load(p, mask=mask, other=0.0)
-    if rest_columns(D) == 0:
-        return (main,)
-    else:
-        p, mask = pointers(x, place, main_columns(D), rest_columns(D), D)
-        return main, tl.load(p, mask=mask, other=0.0)
+    tile = ()
+    for PART in tl.static_range(parts(D)):
+        p, mask = pointers(x, place, PART, D)
+        tile += (tl.load(p, mask=mask, other=0.0),)
+    return tile
 
 
 @triton.jit
 def store_rows(x, place, tile, D: constexpr):
-    p, mask = pointers(x, place, 0, main_columns(D), D)
-    tl.store(p, tile[0].to(x.x.dtype.element_ty), mask=mask)
-    if rest_columns(D) > 0:
-        p, mask = pointers(x, place, main_columns(D), rest_columns(D), D)
-        tl.store(p, tile[1].to(x.x.dtype.element_ty), mask=mask)
+    for PART in tl.static_range(parts(D)):
+        p, mask = pointers(x, place, PART, D)
+        tl.store(p, tile[PART].to(x.x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def zero_tile(ROWS: constexpr, D: constexpr):
-    main = tl.zeros((ROWS, main_columns(D)), tl.float32)
-    if rest_columns(D) == 0:
-        return (main,)
-    else:
-        return main, tl.zeros((ROWS, rest_columns(D)), tl.float32)
+    tile = ()
+    for PART in tl.static_range(parts(D)):
+        tile += (tl.zeros((ROWS, columns(D, PART)), tl.float32),)
+    return tile
 
 
 @triton.jit
@@ -114,12 +108,10 @@ def dot_rows(a, b):
 @triton.jit
 def add_dot(acc, p, x):
     """acc + p x, contracted over rows."""
-    p = p.to(x[0].dtype)
-    main = tl.dot(p, x[0], acc[0], input_precision="ieee")
-    if len(x) == 1:
-        return (main,)
-    else:
-        return main, tl.dot(p, x[1], acc[1], input_precision="ieee")
+    tile = ()
+    for PART in tl.static_range(len(x)):
+        tile += (tl.dot(p.to(x[0].dtype), x[PART], acc[PART], input_precision="ieee"),)
+    return tile
 
 
 # ---- the walk ----
