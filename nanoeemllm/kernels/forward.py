@@ -190,10 +190,8 @@ def zero_rows_in_no_run(tensors, lse, rows, copies, heads, span, samples, D: con
     ROWS: constexpr = 32
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     programs = tl.num_programs(0) * tl.num_programs(1)
-    number = copies * rows * heads
-    for first in range(program * ROWS, number, programs * ROWS):
-        at = first + tl.arange(0, ROWS)
-        row = at // heads
+    for first in range(program * ROWS, copies * rows, programs * ROWS):
+        row = first + tl.arange(0, ROWS)
         found = tl.zeros((ROWS,), tl.int32)
         for b in range(0, samples, 64):  # at once, or their loads would wait for each other
             sample = b + tl.arange(0, 64)
@@ -201,11 +199,12 @@ def zero_rows_in_no_run(tensors, lse, rows, copies, heads, span, samples, D: con
             length = tl.load(span.length + sample, mask=sample < samples, other=0)
             n = (row % rows)[:, None] - start[None, :]
             found |= tl.max(((n >= 0) & (n < length[None, :])).to(tl.int32), 1)
-        place = Place(0, 0, row.to(tl.int64), at % heads, (at < number) & (found == 0))
-        for i in tl.static_range(len(tensors)):
-            store_rows(tensors[i], place, zero_tile(ROWS, D), D)
-        if lse is not None:
-            tl.store(lse + at, -float("inf"), mask=place.inside)
+        for head in range(heads):
+            place = Place(0, head, row.to(tl.int64), 0, (row < copies * rows) & (found == 0))
+            for i in tl.static_range(len(tensors)):
+                store_rows(tensors[i], place, zero_tile(ROWS, D), D)
+            if lse is not None:
+                tl.store(lse + row_heads(place, heads), -float("inf"), mask=place.inside)
 
 
 # ---- forward ----
@@ -265,20 +264,19 @@ def combine_kernel(partial, partial_lse, out, lse, row_heads, splits, D: constex
                    BLOCK_D: constexpr, SPLITS: constexpr, ROWS: constexpr):
     """out = sum of 2^(lse_s - lse) partial_s, with lse = log2 of the sum of 2^lse_s."""
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.minimum(at, row_heads - 1)  # what lies beyond the last row computes the last row too
     split = tl.arange(0, SPLITS)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
-    inside = (at < row_heads)[:, None] & (d < D)
-    real = (split < splits) & (at < row_heads)[None, :]
     places = split * row_heads.to(tl.int64) + at[None, :]
-    each = tl.load(partial_lse + places, mask=real, other=-float("inf"))  # (SPLITS, ROWS)
+    each = tl.load(partial_lse + places, mask=split < splits, other=-float("inf"))  # (SPLITS, ROWS)
     top = tl.maximum(tl.max(each, 0), LOWEST)
     weight = tl.exp2(each - top[None, :])
     total = tl.sum(weight, 0)
     x = tl.load(partial + places[:, :, None] * D + d[None, :, :],
-                mask=real[:, :, None] & inside[None, :, :], other=0.0)
+                mask=(split < splits)[:, :, None] & (d < D)[None, :, :], other=0.0)
     result = tl.sum(x * weight[:, :, None], 0) / tl.where(total > 0, total, 1)[:, None]
-    tl.store(out + at[:, None] * D + d, result.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + at, top + tl.log2(total), mask=at < row_heads)
+    tl.store(out + at[:, None] * D + d, result.to(out.dtype.element_ty), mask=d < D)
+    tl.store(lse + at, top + tl.log2(total))
 
 
 # ---- launch ----
@@ -304,19 +302,20 @@ def launch_forward(q, keys, tables, max_lengths, scale, tile=None, splits=None):
     tile = tile or choose_tile(FORWARD_FEW if packed <= FEW else FORWARD, q)
     tiles = max(1, triton.cdiv(packed, tile.own))
     splits = splits or splits_for(tile, q, tiles * G * max(1, B), max_lengths[1:])
-    out, lse = q.new_empty((N, H, D)), q.new_empty((N, H), dtype=torch.float32)
-    partial, partial_lse = out, lse
-    if splits > 1:
-        partial = q.new_empty((splits * N, H, D), dtype=torch.float32)
-        partial_lse = q.new_empty((splits * N, H), dtype=torch.float32)
+
+    def results(rows, dtype):
+        return (q.new_empty((rows, H, D), dtype=dtype),
+                q.new_empty((rows, H), dtype=torch.float32))
+    out, lse = results(splits * N, torch.float32 if splits > 1 else q.dtype)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         forward_kernel[tiles, G, B * splits + 1](
-            *inputs_of(q, keys, tables), rows_of(partial), partial_lse, N, B, splits, scale,
+            *inputs_of(q, keys, tables), rows_of(out), lse, N, B, splits, scale,
             **sizes(tile, D, H // G))
         if splits > 1:
+            partial, (out, lse) = (out, lse), results(N, q.dtype)
             SPLITS = triton.next_power_of_2(splits)
             ROWS = max(1, 32 // SPLITS)
             combine_kernel[triton.cdiv(N * H, ROWS),](
-                partial, partial_lse, out, lse, N * H, splits, D=D,
-                BLOCK_D=triton.next_power_of_2(D), SPLITS=SPLITS, ROWS=ROWS)
+                *partial, out, lse, N * H, splits, D=D, BLOCK_D=triton.next_power_of_2(D),
+                SPLITS=SPLITS, ROWS=ROWS)
     return out, lse
