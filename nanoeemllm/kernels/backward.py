@@ -31,9 +31,9 @@ def delta_kernel(out, dout, delta, rows, heads, D: constexpr, ROWS: constexpr):
     place = Place(0, 0, at // heads, at % heads, at < rows * heads)
     o = load_rows(out, place, D)
     do = load_rows(dout, place, D)
-    result = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
-    if len(o) == 2:
-        result += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
+    result = tl.zeros((ROWS,), tl.float32)
+    for PART in tl.static_range(len(o)):
+        result += tl.sum(o[PART].to(tl.float32) * do[PART].to(tl.float32), 1)
     tl.store(delta + at, result, mask=place.inside)
 
 

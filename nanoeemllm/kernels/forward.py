@@ -39,8 +39,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from .tiles import (FEW, FORWARD, FORWARD_FEW, choose_tile, main_columns, rest_columns, sizes,
-                    splits_for)
+from .tiles import FEW, FORWARD, FORWARD_FEW, choose_tile, columns, parts, sizes, splits_for
 
 LOG2_E = constexpr(1 / math.log(2))
 LOWEST = constexpr(-3.0e38)  # "no key yet": unlike -inf it can be subtracted from itself
@@ -62,44 +61,39 @@ Blocks = namedtuple("Blocks", "k v sees seen full masked")
 # ---- a tile (rows, D) is one part or, where D is no power of two, two: 64 + 16 columns for 72 ----
 
 @triton.jit
-def pointers(x, place, FIRST: constexpr, COLUMNS: constexpr, D: constexpr):
-    """-> (rows, COLUMNS) pointers to the columns from FIRST on, and a mask of those that exist."""
+def pointers(x, place, PART: constexpr, D: constexpr):
+    """-> (rows, columns) pointers to one part, and a mask of those that exist."""
     base = x.x + (place.row * x.row + place.head * x.head) * 8
     offsets = (place.r * x.row + place.h * x.head) * 8
-    d = FIRST + tl.arange(0, COLUMNS)[None, :]
+    d = PART * columns(D, 0) + tl.arange(0, columns(D, PART))[None, :]
     mask = place.inside[:, None]
-    if FIRST + COLUMNS > D:
+    if PART * columns(D, 0) + columns(D, PART) > D:
         mask = mask & (d < D)
     return base + offsets[:, None] + d, mask
 
 
 @triton.jit
 def load_rows(x, place, D: constexpr):
-    p, mask = pointers(x, place, 0, main_columns(D), D)
-    main = tl.load(p, mask=mask, other=0.0)
-    if rest_columns(D) == 0:
-        return (main,)
-    else:
-        p, mask = pointers(x, place, main_columns(D), rest_columns(D), D)
-        return main, tl.load(p, mask=mask, other=0.0)
+    tile = ()
+    for PART in tl.static_range(parts(D)):
+        p, mask = pointers(x, place, PART, D)
+        tile += (tl.load(p, mask=mask, other=0.0),)
+    return tile
 
 
 @triton.jit
 def store_rows(x, place, tile, D: constexpr):
-    p, mask = pointers(x, place, 0, main_columns(D), D)
-    tl.store(p, tile[0].to(x.x.dtype.element_ty), mask=mask)
-    if rest_columns(D) > 0:
-        p, mask = pointers(x, place, main_columns(D), rest_columns(D), D)
-        tl.store(p, tile[1].to(x.x.dtype.element_ty), mask=mask)
+    for PART in tl.static_range(parts(D)):
+        p, mask = pointers(x, place, PART, D)
+        tl.store(p, tile[PART].to(x.x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def zero_tile(ROWS: constexpr, D: constexpr):
-    main = tl.zeros((ROWS, main_columns(D)), tl.float32)
-    if rest_columns(D) == 0:
-        return (main,)
-    else:
-        return main, tl.zeros((ROWS, rest_columns(D)), tl.float32)
+    tile = ()
+    for PART in tl.static_range(parts(D)):
+        tile += (tl.zeros((ROWS, columns(D, PART)), tl.float32),)
+    return tile
 
 
 @triton.jit
@@ -114,12 +108,10 @@ def dot_rows(a, b):
 @triton.jit
 def add_dot(acc, p, x):
     """acc + p x, contracted over rows."""
-    p = p.to(x[0].dtype)
-    main = tl.dot(p, x[0], acc[0], input_precision="ieee")
-    if len(x) == 1:
-        return (main,)
-    else:
-        return main, tl.dot(p, x[1], acc[1], input_precision="ieee")
+    tile = ()
+    for PART in tl.static_range(len(x)):
+        tile += (tl.dot(p.to(x[0].dtype), x[PART], acc[PART], input_precision="ieee"),)
+    return tile
 
 
 # ---- the walk ----
@@ -198,10 +190,8 @@ def zero_rows_in_no_run(tensors, lse, rows, copies, heads, span, samples, D: con
     ROWS: constexpr = 32
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     programs = tl.num_programs(0) * tl.num_programs(1)
-    number = copies * rows * heads
-    for first in range(program * ROWS, number, programs * ROWS):
-        at = first + tl.arange(0, ROWS)
-        row = at // heads
+    for first in range(program * ROWS, copies * rows, programs * ROWS):
+        row = first + tl.arange(0, ROWS)
         found = tl.zeros((ROWS,), tl.int32)
         for b in range(0, samples, 64):  # at once, or their loads would wait for each other
             sample = b + tl.arange(0, 64)
@@ -209,11 +199,12 @@ def zero_rows_in_no_run(tensors, lse, rows, copies, heads, span, samples, D: con
             length = tl.load(span.length + sample, mask=sample < samples, other=0)
             n = (row % rows)[:, None] - start[None, :]
             found |= tl.max(((n >= 0) & (n < length[None, :])).to(tl.int32), 1)
-        place = Place(0, 0, row.to(tl.int64), at % heads, (at < number) & (found == 0))
-        for i in tl.static_range(len(tensors)):
-            store_rows(tensors[i], place, zero_tile(ROWS, D), D)
-        if lse is not None:
-            tl.store(lse + at, -float("inf"), mask=place.inside)
+        for head in range(heads):
+            place = Place(0, head, row.to(tl.int64), 0, (row < copies * rows) & (found == 0))
+            for i in tl.static_range(len(tensors)):
+                store_rows(tensors[i], place, zero_tile(ROWS, D), D)
+            if lse is not None:
+                tl.store(lse + row_heads(place, heads), -float("inf"), mask=place.inside)
 
 
 # ---- forward ----
@@ -273,20 +264,19 @@ def combine_kernel(partial, partial_lse, out, lse, row_heads, splits, D: constex
                    BLOCK_D: constexpr, SPLITS: constexpr, ROWS: constexpr):
     """out = sum of 2^(lse_s - lse) partial_s, with lse = log2 of the sum of 2^lse_s."""
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.minimum(at, row_heads - 1)  # what lies beyond the last row computes the last row too
     split = tl.arange(0, SPLITS)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
-    inside = (at < row_heads)[:, None] & (d < D)
-    real = (split < splits) & (at < row_heads)[None, :]
     places = split * row_heads.to(tl.int64) + at[None, :]
-    each = tl.load(partial_lse + places, mask=real, other=-float("inf"))  # (SPLITS, ROWS)
+    each = tl.load(partial_lse + places, mask=split < splits, other=-float("inf"))  # (SPLITS, ROWS)
     top = tl.maximum(tl.max(each, 0), LOWEST)
     weight = tl.exp2(each - top[None, :])
     total = tl.sum(weight, 0)
     x = tl.load(partial + places[:, :, None] * D + d[None, :, :],
-                mask=real[:, :, None] & inside[None, :, :], other=0.0)
+                mask=(split < splits)[:, :, None] & (d < D)[None, :, :], other=0.0)
     result = tl.sum(x * weight[:, :, None], 0) / tl.where(total > 0, total, 1)[:, None]
-    tl.store(out + at[:, None] * D + d, result.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + at, top + tl.log2(total), mask=at < row_heads)
+    tl.store(out + at[:, None] * D + d, result.to(out.dtype.element_ty), mask=d < D)
+    tl.store(lse + at, top + tl.log2(total))
 
 
 # ---- launch ----
@@ -312,19 +302,20 @@ def launch_forward(q, keys, tables, max_lengths, scale, tile=None, splits=None):
     tile = tile or choose_tile(FORWARD_FEW if packed <= FEW else FORWARD, q)
     tiles = max(1, triton.cdiv(packed, tile.own))
     splits = splits or splits_for(tile, q, tiles * G * max(1, B), max_lengths[1:])
-    out, lse = q.new_empty((N, H, D)), q.new_empty((N, H), dtype=torch.float32)
-    partial, partial_lse = out, lse
-    if splits > 1:
-        partial = q.new_empty((splits * N, H, D), dtype=torch.float32)
-        partial_lse = q.new_empty((splits * N, H), dtype=torch.float32)
+
+    def results(rows, dtype):
+        return (q.new_empty((rows, H, D), dtype=dtype),
+                q.new_empty((rows, H), dtype=torch.float32))
+    out, lse = results(splits * N, torch.float32 if splits > 1 else q.dtype)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         forward_kernel[tiles, G, B * splits + 1](
-            *inputs_of(q, keys, tables), rows_of(partial), partial_lse, N, B, splits, scale,
+            *inputs_of(q, keys, tables), rows_of(out), lse, N, B, splits, scale,
             **sizes(tile, D, H // G))
         if splits > 1:
+            partial, (out, lse) = (out, lse), results(N, q.dtype)
             SPLITS = triton.next_power_of_2(splits)
             ROWS = max(1, 32 // SPLITS)
             combine_kernel[triton.cdiv(N * H, ROWS),](
-                partial, partial_lse, out, lse, N * H, splits, D=D,
-                BLOCK_D=triton.next_power_of_2(D), SPLITS=SPLITS, ROWS=ROWS)
+                *partial, out, lse, N * H, splits, D=D, BLOCK_D=triton.next_power_of_2(D),
+                SPLITS=SPLITS, ROWS=ROWS)
     return out, lse

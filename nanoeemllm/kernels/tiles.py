@@ -42,8 +42,9 @@ def fits(tile: Tile, q: Tensor) -> bool:
 
 def shared_bytes(tile: Tile, q: Tensor) -> int:
     """A bound: two tensors of its own rows, `stages` times two of the others, and a little."""
-    columns = main_columns(q.shape[2]) + rest_columns(q.shape[2])
-    return 2 * (tile.own + tile.stages * tile.step) * columns * q.element_size() + 2048
+    D = q.shape[2]
+    width = sum(columns(D, part) for part in range(parts(D)))
+    return 2 * (tile.own + tile.stages * tile.step) * width * q.element_size() + 2048
 
 
 @functools.cache
@@ -63,16 +64,16 @@ def sizes(tile: Tile, D: int, GROUP: int) -> dict:
 
 
 @triton.constexpr_function
-def main_columns(D):
-    """The largest power of two in D,"""
-    return 2 ** (D.bit_length() - 1)
+def parts(D):
+    """Into how many parts a tile of D columns falls."""
+    return 1 if D == columns(D, 0) else 2
 
 
 @triton.constexpr_function
-def rest_columns(D):
-    """and a power of two that holds the rest, at least 16, or 0."""
-    rest = D - 2 ** (D.bit_length() - 1)
-    return max(16, triton.next_power_of_2(rest)) if rest else 0
+def columns(D, part):
+    """The largest power of two in D, and a power of two that holds the rest, at least 16."""
+    main = 2 ** (D.bit_length() - 1)
+    return main if part == 0 else max(16, triton.next_power_of_2(D - main))
 
 
 def splits_for(tile: Tile, q: Tensor, programs: int, longest_keys: list[int]) -> int:
