@@ -563,7 +563,7 @@ def one(case: Case, template: Path, place: Path) -> dict:
 def main(folder: Path, words: str = "", part: int = 3, processes: int = 2) -> list[dict]:
     """part: of the cases, chosen by their names alone, every so many-th; 1 runs all."""
     import sample, train, convert_weights                                    # noqa: once, for all forks
-    import nanoeemllm.bench.decode, nanoeemllm.bench.operations, nanoeemllm.bench.prefill, nanoeemllm.bench.train   # noqa
+    import nanoeemllm.bench.answers, nanoeemllm.bench.operations, nanoeemllm.bench.train   # noqa
     import nanoeemllm.evaluation.__main__, nanoeemllm.toy.__main__, nanoeemllm.toy.tables                            # noqa
     import torch._dynamo                                                     # noqa
     import warnings
