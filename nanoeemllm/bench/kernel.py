@@ -77,7 +77,6 @@ class Inputs(NamedTuple):
     sees: Visibility
     padded: list[Tensor]   # q (B, H, T, D), k and v (B, G, S, D): visual keys, then text keys
     mask: Tensor           # (B, T, S) bool; all False for padding
-    real: Tensor           # (B, T) bool: queries that are not padding
 
 
 def visibility(case: Case, device: torch.device) -> Visibility:
@@ -111,8 +110,7 @@ def build(case: Case, G: int, device="cuda", dtype=torch.bfloat16) -> Inputs:
                     for counts in (sees.sees_visual, sees.sees_text))
     n, V = torch.arange(k.shape[1], device=device), sees.visual.max_length
     mask = torch.where(n < V, n < visual, n - V < text)
-    real = pad(torch.ones_like(sees.sees_text, dtype=torch.bool), sees.query)
-    return Inputs(packed, sees, [x.transpose(1, 2) for x in (pad(q, sees.query), k, v)], mask, real)
+    return Inputs(packed, sees, [x.transpose(1, 2) for x in (pad(q, sees.query), k, v)], mask)
 
 
 # ---- contestants: (B, H, T, D), (B, G, S, D) -> (B, H, T, D) ----
@@ -277,14 +275,14 @@ def compare(case: Case, G: int, session: Session) -> dict[str, str]:
 
     replays = {"ours": record(ours, inputs.packed, case.backward)}
     others = {} if is_right(ours(*inputs.packed)) else {"ours": "WRONG"}
-    q, *keys = inputs.padded
+    real, (q, *keys) = inputs.mask.any(-1), inputs.padded                # (B, T): no padding
     repeated = [x.repeat_interleave(group, dim=1) for x in keys]  # for who cannot share key heads
     for name, call in contestants(case, inputs).items():
         for given in ([q, *keys], [q, *repeated]):
             try:
                 if session.is_over:
                     others[name] = "no time left"
-                elif not is_right(call(*given).transpose(1, 2)[inputs.real]):
+                elif not is_right(call(*given).transpose(1, 2)[real]):
                     others[name] = "wrong"
                 else:
                     replays[name] = record(call, given, case.backward)
