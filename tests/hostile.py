@@ -407,7 +407,7 @@ def output_cases():
             if "\0" in where:
                 continue                                        # no shell can pass it on
             yield Case(f"output/{name} {kind}", [*command, flag, where], odd, (0, 2) if is_seen else (2,), notes=True)
-    commands = {"sample": SAMPLE, "train": TRAIN, "evaluate": EVALUATE, "convert": CONVERT, "tables": TABLES, "toy": ["toy", "--export", "new", "-n", "2"], "bench": "bench train --device cpu --paths llava --stages pretrain --visual 4 --samples 1 --steps 1".split()}
+    commands = {"sample": SAMPLE, "train": TRAIN, "evaluate": EVALUATE, "convert": CONVERT, "tables": TABLES, "toy": ["toy", "--export", "new", "-n", "2"], "bench": "bench train --paths llava --stages pretrain --visual 4 --samples 1 --steps 1".split()}
     for name, command in commands.items():
         for kind in ("full",) if name == "bench" else ("full", "closed", "left"):   # it takes seconds
             exits = {"full": (2,), "closed": (0,), "left": (0,)}[kind]

@@ -30,8 +30,7 @@ def test_line_charts_take_what_runs_leave(tmp_path):
 
 
 def test_benchmarks_of_every_system(tmp_path, capsys, monkeypatch):
-    common = ["--preset", "tiny", "--systems", "all", "--visual", "576", "--text", "40", "--runs", "1", "--device", "cpu",
-              "--out", str(tmp_path)]
+    common = ["--preset", "tiny", "--systems", "all", "--visual", "576", "--text", "40", "--runs", "1", "--out", str(tmp_path)]
     monkeypatch.setattr(answers, "best_ms", lambda *args: 1.0)                 # the rates are not what is tested
     main(["prefill", *common])
     rows = {row["system"]: row for row in json.loads((tmp_path / "prefill.json").read_text())["rows"]}

@@ -30,7 +30,7 @@ from nanoeemllm.attention import use_attention
 from nanoeemllm.bench.clock import best_ms, now, take_turns
 from nanoeemllm.bench.operations import add_case_flags, make_parser
 from nanoeemllm.bench.systems import DEFAULT, OLD, System, make_systems
-from nanoeemllm.border.command import device_from, positive
+from nanoeemllm.border.command import positive
 from nanoeemllm.border.files import write_aside
 from nanoeemllm.border.plot import line_chart
 from nanoeemllm.border.table import print_table
@@ -51,7 +51,6 @@ def parse(command: str, argv: list[str]) -> argparse.Namespace:
         help="of a prompt (on a GPU 1 2, else 1)")
     add("--tokens", type=positive(int), default=256, help="decode: of the longest answer (256)")
     add("--runs", type=positive(int), default=5, help="rounds (5)")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32",
         help="(bfloat16 on a GPU, else float32)")
     add("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="for what is written")
@@ -59,7 +58,7 @@ def parse(command: str, argv: list[str]) -> argparse.Namespace:
     if args.weights and args.preset != preset:
         raise UserError("--weights and --preset are two models: give one of them")
     args.out.mkdir(parents=True, exist_ok=True)
-    args.device, args.dtype = device_from(args.device), getattr(torch, args.dtype)
+    args.device, args.dtype = "cuda" if gpu else "cpu", getattr(torch, args.dtype)
     if command == "prefill":
         args.tokens = 1
     return args
@@ -83,28 +82,28 @@ def measure(system: System, ids: list[int], images: list, tokens: int) -> dict:
     return found
 
 
-def cases(systems: list[System], args) -> Iterator[list[dict]]:
-    """The rows of every case: medians of what was measured, and what the work was."""
+def cases(systems: list[System], args) -> Iterator[dict[str, dict]]:
+    """Case by case each system's row: medians of what was measured, and what the work was."""
     config, generator = systems[0].config, torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.llama.vocab_size, (args.text,), generator=generator).tolist()
     lengths = [n for n in LENGTHS if n < args.tokens] + [args.tokens]
     for visual, count in itertools.product(args.visual, args.images):
         patches = torch.randn(visual, config.vision.patch_dim, generator=generator).to(args.device)
         images = [(patches, (math.isqrt(visual), math.isqrt(visual)))] * count
-        prompt = [IMAGE_TOKEN] * count + ids                       # as cost.operations counts it
+        prompt, sample = [IMAGE_TOKEN] * count + ids, [(args.text, [visual] * count)]
         calls = {system: functools.partial(measure, system, prompt, images, args.tokens)
                  for system in systems}
-        rows, sample = [], [(args.text, [visual] * count)]
+        rows = {}
         for system, runs in take_turns(calls, args.runs, name=f"{count} x {visual}").items():
             at = [median(times) for times in zip(*(run.pop("ms") for run in runs))]
-            rows.append({
+            rows[system.name] = {
                 "system": system.name, "case": f"{count} x {visual:,}", "runs": runs,
                 **{part: median(run[part] for run in runs) for part in runs[0]},
                 "operations": cost.operations(system.config, sample, rectangles=True)[0],
                 "operations seen": cost.operations(system.config, sample)[0],
                 "seconds": {n: at[n - 1] / 1000 for n in lengths},
                 "step_ms": (at[-1] - at[0]) / max(1, args.tokens - 1),
-                "bytes": step_bytes(system, args, visual * count)})
+                "bytes": step_bytes(system, args, visual * count)}
             system.spare_cache = None                              # the next case has another size
         yield rows
 
@@ -113,9 +112,8 @@ def step_bytes(system: System, args, visual: int) -> int:
     """What a step has to read: every weight of the language model but the embedding, and all keys
     and values in the cache, half-way through the answer."""
     llama = system.config.llama
-    weights = sum(p.numel() for p in system.decoder.parameters())
-    if not llama.tie_word_embeddings:
-        weights -= llama.vocab_size * llama.hidden_size
+    weights = sum(p.numel() for name, p in system.decoder.named_parameters()
+                  if llama.tie_word_embeddings or "embed_tokens" not in name)
     text_heads = llama.num_hidden_layers * llama.num_key_value_heads
     # a path may leave out layers and heads
     visual_heads = sum(k.shape[1] for k in system.spare_cache.k_visual if len(k))
@@ -134,34 +132,24 @@ def machine(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def matmul_rate(llama: LlamaConfig, device: str, dtype: torch.dtype) -> float:
-    """Operations a millisecond of a large matrix product."""
-    a = torch.randn(2048, llama.hidden_size, dtype=dtype, device=device)
-    b = torch.randn(llama.intermediate_size, llama.hidden_size, dtype=dtype, device=device)
-    return 2 * a.numel() * len(b) / best_ms(lambda: F.linear(a, b), device)
-
-
-def copy_rate(device: str) -> float:
-    """Bytes, read and written, a millisecond."""
-    source = torch.empty(2 ** 28 if device == "cpu" else 2 ** 31, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * len(source) / best_ms(lambda: target.copy_(source), device)
-
-
 def main(command: str, argv: list[str]):
     args = parse(command, argv)
-    systems, record, device = make_systems(args), [], args.device
-    print(f"\n{args.weights or args.preset}, {str(args.dtype).removeprefix('torch.')}, "
-          f"{machine(device)}: {command}, {args.text} text tokens, medians of {args.runs}")
-    if command == "prefill":
-        rate = matmul_rate(systems[0].config.llama, device, args.dtype)
-        print(f"ms. A large matrix product runs at {rate / 1e9:.2f}e12 operations/s: the floor.\n")
-    else:
-        rate = copy_rate(device)
-        print("tokens/s; in brackets times as fast as llava, of 2024 if it is there. A copy moves "
-              f"{rate / 1e6:.0f} GB/s: the floor of a step.\n")
-    print_table(lines(command, systems, args, rate, record))
-    data = {"machine": machine(device), **vars(args), "rows": record}
+    systems, record = make_systems(args), []
+    dtype = str(args.dtype).removeprefix("torch.")
+    print(f"\n{args.weights or args.preset}, {dtype}, {machine(args.device)}: {command}, "
+          f"{args.text} text tokens, medians of {args.runs}")
+    measure_rate, cells = {"prefill": (matmul_rate, prefill_cells),
+                           "decode": (copy_rate, decode_cells)}[command]
+    rate = measure_rate(systems[0].config.llama, args)
+
+    def lines() -> Iterator[dict[str, str]]:
+        for rows in cases(systems, args):
+            record.extend(rows.values())
+            for row in rows.values():
+                yield {"visual": row["case"], "system": row["system"]} | cells(row, rows, rate)
+
+    print_table(lines())
+    data = {"machine": machine(args.device), **vars(args), "rows": record}
     write_aside(args.out / f"{command}.json", json.dumps(data, indent=1, default=str).encode())
     print(f"\nwritten: {args.out / command}.json")
     if command == "decode":
@@ -172,35 +160,43 @@ def main(command: str, argv: list[str]):
                    "tokens of the answer", "tokens/s", log_x=True)
 
 
-def lines(command: str, systems: list[System], args, rate: float,
-          record: list[dict]) -> Iterator[dict[str, str]]:
-    """Of the table; rows go into the record."""
-    for rows in cases(systems, args):
-        record += rows
-        by_name = {row["system"]: row for row in rows}
-        llava = by_name.get("llava")
-        for row in rows:
-            start = {"visual": row["case"], "system": row["system"]}
-            if command == "prefill":
-                yield start | prefill_cells(row, llava, rate)
-            else:
-                yield start | decode_cells(row, by_name.get(OLD, llava) or row, rate)
+# ---- prefill: milliseconds, beside operations ----
+
+def matmul_rate(llama: LlamaConfig, args) -> float:
+    """Operations a millisecond."""
+    a = torch.randn(2048, llama.hidden_size, dtype=args.dtype, device=args.device)
+    b = torch.randn(llama.intermediate_size, llama.hidden_size, dtype=args.dtype,
+                    device=args.device)
+    rate = 2 * a.numel() * len(b) / best_ms(lambda: F.linear(a, b), args.device)
+    print(f"ms. A large matrix product runs at {rate / 1e9:.2f}e12 operations/s: the floor.\n")
+    return rate
 
 
-def prefill_cells(row: dict, llava: dict | None, matmul: float) -> dict[str, str]:
-    """Milliseconds, and beside what. matmul: operations a millisecond."""
+def prefill_cells(row: dict, rows: dict[str, dict], rate: float) -> dict[str, str]:
     parts = ["vision", "prefill", "first token", "total", "second question"]
     cells = {part: f"{row[part]:,.1f}" if part in row else "" for part in parts}
-    if llava:
+    if "llava" in rows:
         for part in ("prefill", "operations", "operations seen"):
-            cells[f"{part} : llava"] = f"{row[part] / llava[part]:.3f}"
-    return cells | {"prefill : floor": f"{row['prefill'] * matmul / row['operations seen']:.2f}"}
+            cells[f"{part} : llava"] = f"{row[part] / rows['llava'][part]:.3f}"
+    return cells | {"prefill : floor": f"{row['prefill'] * rate / row['operations seen']:.2f}"}
 
 
-def decode_cells(row: dict, base: dict, copy: float) -> dict[str, str]:
-    """Tokens/s, in brackets times as fast, and a step. copy: bytes a millisecond."""
+# ---- decode: tokens a second, beside bytes ----
+
+def copy_rate(llama: LlamaConfig, args) -> float:
+    """Bytes, read and written, a millisecond."""
+    source = torch.empty(2 ** 31 if args.device == "cuda" else 2 ** 28, dtype=torch.uint8,
+                         device=args.device)
+    target = torch.empty_like(source)
+    rate = 2 * len(source) / best_ms(lambda: target.copy_(source), args.device)
+    print("tokens/s; in brackets times as fast as llava, that of 2024 if it is there. A copy moves "
+          f"{rate / 1e6:.0f} GB/s: the floor of a step.\n")
+    return rate
+
+
+def decode_cells(row: dict, rows: dict[str, dict], rate: float) -> dict[str, str]:
+    ms, base = row["step_ms"], rows.get(OLD) or rows.get("llava") or row
     speeds = {f"{n} tokens": f"{n / seconds:,.1f} ({base['seconds'][n] / seconds:.2f})"
               for n, seconds in row["seconds"].items()}
-    ms = row["step_ms"]
     return speeds | {"ms a step": f"{ms:.2f}",
-                     "of copy rate": f"{row['bytes'] / copy / ms:.0%}" if ms else ""}
+                     "of copy rate": f"{row['bytes'] / rate / ms:.0%}" if ms else ""}

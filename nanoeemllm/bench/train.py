@@ -43,11 +43,8 @@ def main(command: str, argv: list[str]):
     add("--stages", nargs="+", choices=STAGES, default=STAGES)
     add("--samples", type=positive(int), default=8, help="a step and micro-batch (8)")
     add("--steps", type=positive(int), default=10, help="timed, after two that are not (10)")
-    add("--checkpoint-activations", action="store_true")
-    add("--device")
     args = parser.parse_args(argv)
-    print(f"{args.preset}, {args.samples} samples of {args.text} text tokens a step"
-          + ", activations checkpointed" * args.checkpoint_activations)
+    print(f"{args.preset}, {args.samples} samples of {args.text} text tokens a step")
     print_table(lines(args))
 
 
@@ -73,13 +70,12 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, str]]:
 
 def measure(args: argparse.Namespace, stage: str, config: ModelConfig, visual: int) -> tuple:
     """(ms of a step, the median; its operations; the peak a second; gigabytes)"""
-    with init_distributed(args.device) as group:
+    with init_distributed(None) as group:
         torch.manual_seed(0)
         device = group.device
         with torch.device("meta" if dist.is_initialized() else device):
             model = EEMLLM(config)
         freeze(model, stage)
-        model.decoder.checkpoint_activations = args.checkpoint_activations
         shard_model(model, group)
         initialize(model)
         params = trained_parameters(model)
