@@ -110,7 +110,8 @@ def build(case: Case, G: int, device="cuda", dtype=torch.bfloat16) -> Inputs:
                     for counts in (sees.sees_visual, sees.sees_text))
     n, V = torch.arange(k.shape[1], device=device), sees.visual.max_length
     mask = torch.where(n < V, n < visual, n - V < text)
-    return Inputs(packed, sees, [x.transpose(1, 2) for x in (pad(q, sees.query), k, v)], mask)
+    padded = [x.transpose(1, 2) for x in (pad(q, sees.query), k, v)]
+    return Inputs(packed, sees, padded, mask)
 
 
 # ---- contestants: (B, H, T, D), (B, G, S, D) -> (B, H, T, D) ----
@@ -162,7 +163,7 @@ def two_calls(V: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # ---- the clock ----
 
 def record(call: Callable, inputs: list[Tensor], backward: bool = False) -> Callable[[], float]:
-    """CALLS calls in one graph, over rotating copies of the inputs -> a function that replays it."""
+    """CALLS calls in one graph, over rotating copies of the inputs -> what replays it."""
     size = sum(x.nbytes for x in inputs)
     cache = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
     copies = min(CALLS, 2 * cache // max(size, 1) + 2)
