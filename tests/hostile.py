@@ -407,7 +407,7 @@ def output_cases():
             if "\0" in where:
                 continue                                        # no shell can pass it on
             yield Case(f"output/{name} {kind}", [*command, flag, where], odd, (0, 2) if is_seen else (2,), notes=True)
-    commands = {"sample": SAMPLE, "train": TRAIN, "evaluate": EVALUATE, "convert": CONVERT, "tables": TABLES, "toy": ["toy", "--export", "new", "-n", "2"], "bench": "bench train --device cpu --paths llava --stages pretrain --visual 4 --samples 1 --steps 1".split()}
+    commands = {"sample": SAMPLE, "train": TRAIN, "evaluate": EVALUATE, "convert": CONVERT, "tables": TABLES, "toy": ["toy", "--export", "new", "-n", "2"], "bench": "bench train --paths llava --stages pretrain --visual 4 --samples 1 --steps 1".split()}
     for name, command in commands.items():
         for kind in ("full",) if name == "bench" else ("full", "closed", "left"):   # it takes seconds
             exits = {"full": (2,), "closed": (0,), "left": (0,)}[kind]
@@ -563,7 +563,7 @@ def one(case: Case, template: Path, place: Path) -> dict:
 def main(folder: Path, words: str = "", part: int = 3, processes: int = 2) -> list[dict]:
     """part: of the cases, chosen by their names alone, every so many-th; 1 runs all."""
     import sample, train, convert_weights                                    # noqa: once, for all forks
-    import nanoeemllm.bench.decode, nanoeemllm.bench.operations, nanoeemllm.bench.prefill, nanoeemllm.bench.train   # noqa
+    import nanoeemllm.bench.answers, nanoeemllm.bench.operations, nanoeemllm.bench.train   # noqa
     import nanoeemllm.evaluation.__main__, nanoeemllm.toy.__main__, nanoeemllm.toy.tables                            # noqa
     import torch._dynamo                                                     # noqa
     import warnings

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from kernel_cases import reference
 from nanoeemllm.bench import experiments
-from nanoeemllm.bench.kernel import Case, build, by_mask
+from nanoeemllm.bench.kernel import Case, bias_of, build, sdpa
 
-SMALL = [Case("prefill", [(0, 30, 7)] * 2), Case("decode", [(0, 30, 7)], queries=1), Case("ragged", [(3, 9, 5), (2, 4, 20)]),
+SMALL = [Case("prefill", [(0, 30, 7)] * 2), Case("decode", [(0, 30, 7)], decode=True), Case("ragged", [(3, 9, 5), (2, 4, 20)]),
          Case("pictures", [(2, 5, 3, 4, 6)]), Case("text-only", [(0, 5, 4), (8,)]),
          Case("encoder", [(0, 12), (0, 12)], encoder=True)]
 
@@ -16,8 +17,8 @@ SMALL = [Case("prefill", [(0, 30, 7)] * 2), Case("decode", [(0, 30, 7)], queries
 def test_packed_and_padded_are_the_same_question(case):
     torch.manual_seed(0)
     inputs = build(case._replace(H=4, D=16), 2, device="cpu", dtype=torch.float64)
-    padded = by_mask(*inputs.padded, inputs.mask)[inputs.real]
-    torch.testing.assert_close(padded, reference(*inputs.packed, *inputs.layout[:5]))
+    padded = sdpa(SDPBackend.MATH, bias_of(inputs.mask, torch.float64), *inputs.padded).transpose(1, 2)[inputs.mask.any(-1)]
+    torch.testing.assert_close(padded, reference(*inputs.packed, *vars(inputs.sees).values()))
     last = inputs.mask[:, -1] if case.is_rectangle else inputs.mask.any(1)
     assert last.all() or len(set(case.samples)) > 1
 

@@ -15,16 +15,16 @@ import sys
 
 from nanoeemllm.border.command import Parser, run_command
 
-COMMANDS = ("operations", "prefill", "decode", "train", "kernel", "experiments")
+FILES = {"operations": "operations", "flops": "operations", "prefill": "answers",
+         "decode": "answers", "train": "train", "kernel": "kernel", "experiments": "experiments"}
 
 
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(__doc__, "python -m nanoeemllm.bench")
-    parser.add_argument("command", choices=(*COMMANDS, "flops"), help="flops is operations")
+    parser.add_argument("command", choices=FILES, help="flops is operations")
     command = parser.parse_args(argv[:1]).command
-    name = "operations" if command == "flops" else command
-    importlib.import_module(f"nanoeemllm.bench.{name}").main(argv[1:])
+    importlib.import_module(f"nanoeemllm.bench.{FILES[command]}").main(command, argv[1:])
 
 
 if __name__ == "__main__":

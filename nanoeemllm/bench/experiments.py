@@ -11,11 +11,10 @@ splits, "chosen" should come first.
 """
 
 import functools
-import time
 
 import torch
 
-from nanoeemllm.bench.kernel import CASES, Case, Clock, begin, build, make_parser, take_turns
+from nanoeemllm.bench.kernel import Case, begin, build, median_times, record
 
 WITHIN = 1.03
 PLANS = {"FORWARD": ("prefill-1", "prefill-4", "prefill-16", "train-576", "encoder"),
@@ -25,70 +24,61 @@ PLANS = {"FORWARD": ("prefill-1", "prefill-4", "prefill-16", "train-576", "encod
          "splits": ("prefill-1", "decode-1", "decode-8", "decode-64")}
 
 
-def main(argv: list[str]):
-    parser = make_parser("experiments", __doc__, 20)
-    deadline, *_ = begin(parser, parser.parse_args(argv).minutes)
-    nothing = take_turns({"empty": Clock(lambda x: x, [torch.zeros(1, device="cuda")], False)})
-    print(f"a call in an empty graph {nothing['empty'][0] * 1e3:.1f} us", flush=True)
+def main(command: str, argv: list[str]):
+    session = begin(command, __doc__, 20, argv)
+    nothing = median_times({"": record(lambda x: x, [torch.zeros(1, device="cuda")])})
+    print(f"a call in an empty graph {nothing[''][0] * 1e3:.1f} us", flush=True)
     verdicts = []
     for table, names in PLANS.items():
         times = {}
-        for case in CASES:
-            if case.name in names and time.monotonic() < deadline:
-                times[case.name] = measure(case, table)
-                show(table, case.name, times[case.name])
+        for case in session.cases:
+            if case.name in names and not session.is_over:
+                times[case.name] = found = measure(case, table)
+                fastest = min(found.values())
+                listed = [f"{name} {ms:.3f} ({ms / fastest:.2f})" for name, ms in found.items()]
+                print(f"{table}, {case.name}: {'; '.join(listed)}", flush=True)
         verdicts.append(f"{table}: {verdict(times)}")
-    print("\nVerdict\n" + "\n".join(verdicts))
+    print("\nVerdict", *verdicts, sep="\n")
 
 
 def measure(case: Case, table: str) -> dict[str, float]:
     """-> milliseconds of each entry of a table that fits, with its stages and one less and more; or
     with 1 to 64 programs on a tile's keys, and with as many as are chosen."""
-    from nanoeemllm.kernels import _empty_grads, backward, forward, tiles
+    # Triton exists on Linux only
+    from nanoeemllm.kernels import _empty_grads, backward, first_queries, forward, tiles
     inputs = build(case, case.groups[-1])
-    spans, sees, first = inputs.layout[:3], inputs.layout[3:5], inputs.layout[5]
-    tables = [x for span in spans for x in span[:2]] + [*sees, *first]
-    lengths, scale = [span.max_length for span in spans], case.D ** -0.5
-    q, *keys = inputs.packed
-    out, lse = forward.launch_forward(q, keys, tables, lengths, scale)
+    (q, *keys), sees = inputs.packed, inputs.sees
+    spans = sees.query, sees.visual, sees.text
+    given = [[x for span in spans for x in span[:2]] + [
+        sees.sees_visual, sees.sees_text,
+        first_queries(sees.query, sees.visual, sees.sees_visual, len(keys[0])),
+        first_queries(sees.query, sees.text, sees.sees_text, len(keys[2]))],
+        [span.max_length for span in spans], case.D ** -0.5]
+    out, lse = forward.launch_forward(q, keys, *given)
 
     def run_forward(q, *keys, **choice):
-        return forward.launch_forward(q, keys, tables, lengths, scale, **choice)[0]
+        return forward.launch_forward(q, keys, *given, **choice)[0]
 
     def run_backward(q, *keys, **choice):
         needed = [True, False, False] if "query_tile" in choice else [False, True, True]
-        grads = _empty_grads(q, keys, needed)
-        backward.launch_backward(out, out, lse, q, keys, tables, lengths, scale, needed, grads,
-                                 **choice)
+        backward.launch_backward(out, out, lse, q, keys, *given, needed,
+                                 _empty_grads(q, keys, needed), **choice)
 
-    if table == "splits":
-        calls = {str(2 ** n): functools.partial(run_forward, splits=2 ** n) for n in range(7)}
-        return timed({"chosen": run_forward} | calls, inputs.packed)
     run, choice = {"QUERY": (run_backward, "query_tile"),
                    "KEYS": (run_backward, "keys_tile")}.get(table, (run_forward, "tile"))
-    calls = {}
-    for entry in getattr(tiles, table):
-        for stages in (entry.stages - 1, entry.stages, entry.stages + 1):
-            tile = entry._replace(stages=stages)
-            if tiles.fits(tile, q):
-                calls[str(tuple(tile[2:]))] = functools.partial(run, **{choice: tile})
-    return timed(calls, inputs.packed)
-
-
-def timed(calls: dict, tensors) -> dict[str, float]:
-    clocks = {}
-    for name, call in calls.items():
+    if table == "splits":
+        choices = {"chosen": {}} | {str(2 ** n): {"splits": 2 ** n} for n in range(7)}
+    else:
+        entries = [entry._replace(stages=entry.stages + more)
+                   for entry in getattr(tiles, table) for more in (-1, 0, 1)]
+        choices = {str(tuple(tile[2:])): {choice: tile} for tile in entries if tiles.fits(tile, q)}
+    replays = {}
+    for name, chosen in choices.items():
         try:
-            clocks[name] = Clock(call, tensors, False)
+            replays[name] = record(functools.partial(run, **chosen), inputs.packed)
         except Exception as reason:  # too large after all, or more registers than there are
             print(f"{name}: {type(reason).__name__}")
-    return {name: ms for name, (ms, _) in take_turns(clocks).items()}
-
-
-def show(table: str, case: str, times: dict[str, float]):
-    fastest = min(times.values())
-    listed = [f"{name} {ms:.3f} ({ms / fastest:.2f})" for name, ms in times.items()]
-    print(f"{table}, {case}: {'; '.join(listed)}", flush=True)
+    return {name: ms for name, (ms, _) in median_times(replays).items()}
 
 
 def verdict(times: dict[str, dict[str, float]]) -> str:

@@ -12,11 +12,12 @@ than the L2 cache; contestants take turns, and figures are medians over the roun
 between the first and the third quartile. bfloat16.
 """
 
-import argparse
 import functools
 import importlib.util
 import itertools
+import statistics
 import time
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,20 +26,26 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.utils.rnn import pad_sequence
 
-from nanoeemllm.attention import Span
-from nanoeemllm.kernels import composite_attention, first_queries
+from nanoeemllm.attention import Keys, Span, Visibility, attention, attention_reference
+from nanoeemllm.bench.clock import take_turns
+from nanoeemllm.border.command import Parser, positive
+from nanoeemllm.border.table import print_table
+from nanoeemllm.config import IMAGE_TOKEN, UserError
+from nanoeemllm.layout import build_layout
+from nanoeemllm.vision import whole_images
 
 CALLS = 10   # in one graph
 ROUNDS = 15
 
 
 class Case(NamedTuple):
-    """samples: lengths of text, picture, text, picture, ...; queries: the last text rows of each
-    sample, None: all. An encoder's queries are the picture's rows, and see all of them."""
+    """samples: lengths of text, picture, text, picture, ... All text rows are queries; decoding,
+    one new row a sample that sees everything; in an encoder all rows, which see their sample."""
     name: str
     samples: list[tuple[int, ...]]
-    queries: int | None = None
+    decode: bool = False
     backward: bool = False
     encoder: bool = False
     H: int = 32
@@ -53,7 +60,7 @@ class Case(NamedTuple):
 
 CASES = [
     *(Case(f"prefill-{B}", [(0, 4900, 256)] * B) for B in (1, 4, 16)),
-    *(Case(f"decode-{B}", [(0, 4900, 256)] * B, queries=1) for B in (1, 8, 64)),
+    *(Case(f"decode-{B}", [(0, 4900, 256)] * B, decode=True) for B in (1, 8, 64)),
     Case("train-4900", [(0, 4900, 512)] * 8, backward=True),
     Case("train-576", [(0, 576, 512)] * 8, backward=True),
     Case("llava-prefill", [(0, 0, 5156)]),
@@ -66,244 +73,233 @@ CASES = [
 
 
 class Inputs(NamedTuple):
-    padded: list[Tensor]   # q (B, T, H, D), k and v (B, S, G, D): visual keys, then text keys
     packed: list[Tensor]   # q, k_visual, v_visual, k_text, v_text
-    layout: tuple          # the rest of composite_attention's arguments
+    sees: Visibility
+    padded: list[Tensor]   # q (B, H, T, D), k and v (B, G, S, D): visual keys, then text keys
     mask: Tensor           # (B, T, S) bool; all False for padding
-    real: Tensor           # (B, T) bool: queries that are not padding
+
+
+def visibility(case: Case, device: torch.device) -> Visibility:
+    """Who sees whom, as the model has it in such a pass."""
+    if case.encoder:
+        return whole_images([sum(sample) for sample in case.samples], device)
+    pieces = [[[IMAGE_TOKEN] if i % 2 else [1] * n for i, n in enumerate(sample)]
+              for sample in case.samples]
+    grids = [[(1, n) for n in sample[1::2]] for sample in case.samples]
+    layout = build_layout([sum(sample, []) for sample in pieces], grids)[1].to(device)
+    if not case.decode:
+        return layout.text_queries
+    row = torch.arange(len(grids), dtype=torch.int32, device=device)
+    return Visibility(Span(row, torch.ones_like(row), 1), layout.visual, layout.text,
+                      layout.visual.length, layout.text.length)
 
 
 def build(case: Case, G: int, device="cuda", dtype=torch.bfloat16) -> Inputs:
-    sees, totals = [], []
-    for sample in case.samples:
-        is_visual = torch.cat([torch.full((n,), i % 2 == 1) for i, n in enumerate(sample)])
-        counts = torch.stack([is_visual, ~is_visual], dim=1).cumsum(0)  # keys up to each position
-        totals.append(counts[-1])
-        rows = counts[is_visual == case.encoder][-(case.queries or 0):]
-        sees.append(counts[-1:].expand_as(rows) if case.encoder else rows)
-    queries = torch.tensor([len(rows) for rows in sees])
-    visual, text = torch.stack(totals).T
-    V, T, B = int(visual.max()), int(queries.max()), len(sees)
-    S = V + int(text.max())
-    limits = torch.nn.utils.rnn.pad_sequence(sees, batch_first=True)[..., None].to(device)
-    n = torch.arange(S, device=device)
-    mask = torch.where(n < V, n < limits[:, :, 0], n - V < limits[:, :, 1])
-    padded = [torch.randn(B, rows, heads, case.D, device=device, dtype=dtype)
-              for rows, heads in ((T, case.H), (S, G), (S, G))]
-    q, k, v = padded
-    real, of_visual, of_text = (torch.arange(length) < lengths[:, None] for lengths, length in
-                                ((queries, T), (visual, V), (text, S - V)))
-    packed = [q[real], k[:, :V][of_visual], v[:, :V][of_visual], k[:, V:][of_text],
-              v[:, V:][of_text]]
-    spans = [Span((length.cumsum(0) - length).int().to(device), length.int().to(device),
-                  int(length.max())) for length in (queries, visual, text)]
-    counts = [x.contiguous() for x in torch.cat(sees).int().to(device).T]
-    first = [first_queries(spans[0], spans[i], counts[i - 1], len(packed[2 * i]))
-             for i in (1, 2)]
-    return Inputs(padded, packed, (*spans, *counts, first), mask, real.to(device))
+    sees = visibility(case, torch.device(device))
+    packed = [torch.randn(int(span.length.sum()), heads, case.D, device=device, dtype=dtype)
+              for span, heads in ((sees.query, case.H), (sees.visual, G), (sees.visual, G),
+                                  (sees.text, G), (sees.text, G))]
+
+    def pad(x: Tensor, span: Span) -> Tensor:
+        return pad_sequence(x.split(span.length.tolist()), batch_first=True)
+
+    q, *keys = packed
+    k, v = (torch.cat([pad(visual, sees.visual), pad(text, sees.text)], dim=1)
+            for visual, text in zip(keys[:2], keys[2:]))
+    visual, text = (pad(counts, sees.query)[..., None]                     # (B, T, 1)
+                    for counts in (sees.sees_visual, sees.sees_text))
+    n, V = torch.arange(k.shape[1], device=device), sees.visual.max_length
+    mask = torch.where(n < V, n < visual, n - V < text)
+    padded = [x.transpose(1, 2) for x in (pad(q, sees.query), k, v)]
+    return Inputs(packed, sees, padded, mask)
 
 
-def by_mask(q, k, v, mask):
-    """The rule with every score in memory: (B, T, H, D), (B, S, G, D), mask (B, T, S)."""
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~mask[:, None], torch.finfo(q.dtype).min).softmax(-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights * mask[:, None], v)
+# ---- contestants: (B, H, T, D), (B, G, S, D) -> (B, H, T, D) ----
 
-
-# ---- contestants: (B, T, H, D), (B, S, G, D) -> (B, T, H, D) ----
-
-def contestants(case: Case, inputs: Inputs) -> dict:
-    mask = inputs.mask
+def contestants(case: Case, inputs: Inputs) -> dict[str, Callable]:
+    mask, V = inputs.mask, inputs.sees.visual.max_length
     B, T, S = mask.shape
-    whole, bias = bool(mask.all()), None
-    if not whole:  # padding sees everything, since a softmax over nothing is NaN
-        bias = torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill(~mask, -torch.inf)
-        bias = bias.masked_fill(~mask.any(-1, keepdim=True), 0)[:, None]
-    found = {"cuDNN": by_sdpa(bias, SDPBackend.CUDNN_ATTENTION),
-             "efficient": by_sdpa(bias, SDPBackend.EFFICIENT_ATTENTION)}
+    whole = bool(mask.all())
+    bias = None if whole else bias_of(mask, torch.bfloat16)
     torch._dynamo.reset()  # or the ninth shape would run uncompiled
     flex = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
     rule = create_block_mask(lambda b, h, q, k: mask[b, q, k], B, None, T, S, device=mask.device)
-    found["flex"] = heads_first(functools.partial(flex, block_mask=rule))
+    found = {"cuDNN": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION, bias),
+             "efficient": functools.partial(sdpa, SDPBackend.EFFICIENT_ATTENTION, bias),
+             "flex": functools.partial(flex, block_mask=rule, enable_gqa=True)}
     if whole or case.is_rectangle:
         causal = None if whole else causal_lower_right(T, S)
-        found["flash"] = by_sdpa(causal, SDPBackend.FLASH_ATTENTION)
+        found["flash"] = functools.partial(sdpa, SDPBackend.FLASH_ATTENTION, causal)
         if importlib.util.find_spec("flash_attn"):
-            flash_attn = importlib.import_module("flash_attn")
-            found["flash-attn"] = functools.partial(flash_attn.flash_attn_func, causal=not whole)
-    if case.is_rectangle and case.samples[0][1] and not case.backward:
-        found["two flash calls"] = functools.partial(two_calls, case.samples[0][1])
+            flash_attn = importlib.import_module("flash_attn").flash_attn_func
+            found["flash-attn"] = lambda *qkv: flash_attn(
+                *(x.transpose(1, 2) for x in qkv), causal=not whole).transpose(1, 2)
+    if case.is_rectangle and V and not case.backward:
+        found["two flash calls"] = functools.partial(two_calls, V)
     return found
 
 
-def heads_first(attend):
-    """attend takes (B, heads, rows, D), and must be told if query heads share key heads."""
-    def call(q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return attend(q, k, v, enable_gqa=k.shape[1] < q.shape[1]).transpose(1, 2)
-    return call
+def bias_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, T, S) -> (B, 1, T, S), 0 or -inf. Padding sees everything, since a softmax over nothing
+    is NaN."""
+    seen = mask | ~mask.any(-1, keepdim=True)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]
 
 
-def by_sdpa(bias, backend):
-    def attend(*args, **kwargs):
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*args, attn_mask=bias, **kwargs)
-    return heads_first(attend)
+def sdpa(backend: SDPBackend, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
 
 
-def two_calls(V: int, q, k, v):
+def two_calls(V: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Flash attention over the visual keys and over the text keys, merged by log-sum-exp."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     visual, visual_lse = flash(q, k[:, :, :V], v[:, :, :V], 0.0, False)[:2]
     text, text_lse = flash(q, k[:, :, V:], v[:, :, V:], 0.0, q.shape[2] > 1)[:2]
     weight = torch.sigmoid(visual_lse - text_lse)[..., None]
-    return (weight * visual + (1 - weight) * text).to(q.dtype).transpose(1, 2)
+    return (weight * visual + (1 - weight) * text).to(q.dtype)
 
 
 # ---- the clock ----
 
-class Clock:
-    """CALLS calls in one graph, over rotating copies of the inputs."""
+def record(call: Callable, inputs: list[Tensor], backward: bool = False) -> Callable[[], float]:
+    """CALLS calls in one graph, over rotating copies of the inputs -> what replays it."""
+    size = sum(x.nbytes for x in inputs)
+    cache = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
+    copies = min(CALLS, 2 * cache // max(size, 1) + 2)
+    sets = [[x.detach().clone().requires_grad_(backward) for x in inputs] for _ in range(copies)]
+    gradient = torch.randn_like(call(*inputs)) if backward else None
 
-    def __init__(self, call, inputs: list[Tensor], backward: bool):
-        size = sum(x.numel() * x.element_size() for x in inputs)
-        cache = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
-        copies = min(CALLS, 2 * cache // max(size, 1) + 2)
-        self.sets = [[x.detach().clone().requires_grad_(backward) for x in inputs]
-                     for _ in range(copies)]
-        gradient = torch.randn_like(call(*inputs)) if backward else None
+    def run(given: list[Tensor]):
+        out = call(*given)
+        if backward:
+            torch.autograd.grad(out, given, gradient)
 
-        def run(given):
-            out = call(*given)
-            if backward:
-                torch.autograd.grad(out, given, gradient)
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):  # compiles, which may not happen while recording
-            for _ in range(3):
-                run(self.sets[0])
-        side.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for _, given in zip(range(CALLS), itertools.cycle(self.sets)):
-                run(given)
-        self.times = []
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # compiles, which may not happen while recording
+        for _ in range(3):
+            run(sets[0])
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _, given in zip(range(CALLS), itertools.cycle(sets)):
+            run(given)
 
-    def round(self):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        self.times.append(begin.elapsed_time(end) / CALLS)
-
-    def result(self) -> tuple[float, float]:
-        """-> median milliseconds, half the distance between the quartiles as a part of it."""
-        quartiles = torch.tensor([0.25, 0.5, 0.75])
-        low, middle, high = torch.tensor(self.times).quantile(quartiles).tolist()
-        return middle, (high - low) / 2 / middle
+    return functools.partial(replay, graph, sets)
 
 
-def take_turns(clocks: dict, rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
-    for number in range(rounds + 2):
-        for clock in clocks.values():
-            clock.round()
-            if number == 1:
-                clock.times.clear()  # the first two warm up
-    return {name: clock.result() for name, clock in clocks.items()}
+def replay(graph: torch.cuda.CUDAGraph, sets: list[list[Tensor]]) -> float:
+    """-> milliseconds of a call. sets: held here, since the graph reads them."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / CALLS
 
 
-def ceilings() -> tuple[float, float]:
-    """-> operations a second of a large matrix product, bytes a second of a large copy."""
-    matrices = [torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    source = torch.empty(2 ** 30, device="cuda", dtype=torch.uint8)
-    times = take_turns({"matmul": Clock(torch.matmul, matrices, False),
-                        "copy": Clock(torch.clone, [source], False)})
-    return (2 * 8192 ** 3 / times["matmul"][0] * 1e3, 2 * len(source) / times["copy"][0] * 1e3)
+def median_times(replays: dict[str, Callable]) -> dict[str, tuple[float, float]]:
+    """-> median milliseconds, half the distance between the quartiles as a part of it."""
+    found = {}
+    for name, times in take_turns(replays, ROUNDS, warm_up=2).items():
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+        found[name] = median, (high - low) / 2 / median
+    return found
 
 
 # ---- the command ----
 
-def row(case: Case, G: int, matmul: float, copy: float, deadline: float) -> str:
-    inputs = build(case, G)
-    group = case.H // G
-    heads = [x[:, :, :n] for x, n in zip(inputs.padded, (group, 1, 1))]
-    want = by_mask(*(x.double() for x in heads), inputs.mask)[inputs.real]
+class Session(NamedTuple):
+    """What a command on a GPU begins with."""
+    cases: list[Case]
+    deadline: float        # by time.monotonic(); nothing new is started after it
+    matmul: float          # operations a second of a large matrix product
+    copy: float            # bytes a second of a large copy, read and written
 
-    def error(out: Tensor) -> float:
-        return float((out[:, :group].double() - want).norm())
-    bound = 2 * error(by_mask(*heads, inputs.mask)[inputs.real])
-
-    def ours(*packed):
-        return composite_attention(*packed, *inputs.layout)
-    if not error(ours(*inputs.packed)) <= bound:
-        return f"| {case.name} | {G} | WRONG: {error(ours(*inputs.packed)):.1e} > {bound:.1e} |"
-    clocks, failed = {"ours": Clock(ours, inputs.packed, case.backward)}, {}
-    for name, attend in contestants(case, inputs).items():
-        for repeats in sorted({1, group}):  # who cannot share key heads gets them repeated
-            if name in clocks:
-                continue
-            keys = [x.repeat_interleave(repeats, 2) for x in inputs.padded[1:]]
-            given = [inputs.padded[0], *keys]
-            try:
-                if time.monotonic() > deadline:
-                    failed[name] = "no time left"
-                elif not error(attend(*given)[inputs.real]) <= bound:
-                    failed[name] = "wrong"
-                else:
-                    clocks[name] = Clock(attend, given, case.backward)
-            except Exception as reason:  # a backend refuses a shape in many ways
-                failed[name] = type(reason).__name__
-    times = take_turns(clocks)
-    best, spread = times.pop("ours")
-    fastest = min((ms for ms, _ in times.values()), default=float("nan"))
-    operations = int(inputs.mask.sum()) * case.H * 4 * case.D * (3.5 if case.backward else 1)
-    size = sum(x.numel() * 2 for x in (*inputs.packed, inputs.packed[0]))
-    others = [f"{name} {ms:.3f} ±{part:.0%}" for name, (ms, part) in times.items()]
-    others += [f"{name}: {reason}" for name, reason in failed.items() if name not in times]
-    cells = (case.name, G, f"{best:.3f} ±{spread:.0%}", f"{fastest:.3f}", f"{fastest / best:.2f}",
-             f"{operations / best * 1e3 / matmul:.0%}", f"{size / best * 1e3 / copy:.0%}",
-             ", ".join(others))
-    return f"| {' | '.join(map(str, cells))} |"
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self.deadline
 
 
-def make_parser(name: str, doc: str, minutes: float) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m nanoeemllm.bench {name}", description=doc,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=minutes,
-                        help="start nothing new after so many")
-    return parser
-
-
-def begin(parser: argparse.ArgumentParser, minutes: float) -> tuple[float, float, float]:
-    """Prints what the GPU can do -> time to end at, operations and copied bytes a second."""
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device found: run it on a machine that has one")
-    deadline = time.monotonic() + 60 * minutes
-    matmul, copy = ceilings()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; matmul {matmul / 1e12:.0f} "
-          f"TFLOP/s, copy {copy / 1e12:.2f} TB/s", flush=True)
-    return deadline, matmul, copy
-
-
-def main(argv: list[str]):
-    parser = make_parser("kernel", __doc__, 8)
-    parser.add_argument("--cases", help="beginnings of names, by commas; default: all of "
-                        + ", ".join(case.name for case in CASES))
+def begin(command: str, about: str, minutes: int, argv: list[str]) -> Session:
+    """Reads the flags and prints what the GPU can do."""
+    parser = Parser(about, f"python -m nanoeemllm.bench {command}")
+    parser.add_argument("--minutes", type=positive(float), default=minutes,
+                        help=f"start nothing new after so many ({minutes})")
+    known = ", ".join(case.name for case in CASES)
+    parser.add_argument("--cases", default="", metavar="A,B",
+                        help=f"beginnings of names; default: all of {known}")
     args = parser.parse_args(argv)
-    wanted = tuple(args.cases.split(",")) if args.cases else ("",)
-    cases = [case for case in CASES if case.name.startswith(wanted)]
+    cases = [case for case in CASES if case.name.startswith(tuple(args.cases.split(",")))]
     if not cases:
-        parser.error(f"--cases: {args.cases} fits none of {', '.join(c.name for c in CASES)}")
-    deadline, matmul, copy = begin(parser, args.minutes)
-    columns = ("case", "key heads", "ours, ms", "best other, ms", "times faster", "of matmul",
-               "of copy", "others, ms")
-    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for case in cases:
-        for G in case.groups:
-            if time.monotonic() > deadline:
-                print(f"| {case.name} | {G} | no time left |", flush=True)
-            else:
-                print(row(case, G, matmul, copy, deadline), flush=True)
-                torch.cuda.empty_cache()
+        raise UserError(f"--cases: {args.cases} fits none of {known}")
+    if not torch.cuda.is_available():
+        raise UserError("no CUDA device found: run it on a machine that has one")
+    deadline, n = time.monotonic() + 60 * args.minutes, 8192
+    matrices = [torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    source = torch.empty(2 ** 30, device="cuda", dtype=torch.uint8)
+    times = median_times({"matmul": record(torch.matmul, matrices),
+                          "copy": record(torch.clone, [source])})
+    matmul, copy = 2e3 * n ** 3 / times["matmul"][0], 2e3 * len(source) / times["copy"][0]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; matmul {matmul / 1e12:.0f} "
+          f"TFLOP/s, copy {copy / 1e12:.2f} TB/s\n", flush=True)
+    return Session(cases, deadline, matmul, copy)
+
+
+def main(command: str, argv: list[str]):
+    print_table(lines(begin(command, __doc__, 8, argv)))
+
+
+def lines(session: Session) -> Iterator[dict[str, str]]:
+    for case, G in [(case, G) for case in session.cases for G in case.groups]:
+        row = {"case": case.name, "key heads": str(G)}
+        if session.is_over:
+            yield row | {"ours, ms": "no time left"}
+        else:
+            yield row | compare(case, G, session)
+            torch.cuda.empty_cache()
+
+
+def compare(case: Case, G: int, session: Session) -> dict[str, str]:
+    inputs = build(case, G)
+    group, sees = case.H // G, inputs.sees
+    # one key head and its query heads by the rule, with every score in memory
+    q, *keys = (x[:, :n] for x, n in zip(inputs.packed, (group, 1, 1, 1, 1)))
+    want = attention_reference(q.double(), Keys(*(x.double() for x in keys)), sees)
+    bound = 2 * (attention_reference(q, Keys(*keys), sees) - want).norm()
+
+    def is_right(out: Tensor) -> bool:
+        return bool((out[:, :group] - want).norm() <= bound)     # NaN is not
+
+    def ours(q: Tensor, *keys: Tensor) -> Tensor:
+        return attention(q, Keys(*keys), sees)
+
+    replays = {"ours": record(ours, inputs.packed, case.backward)}
+    others = {} if is_right(ours(*inputs.packed)) else {"ours": "WRONG"}
+    real, (q, *keys) = inputs.mask.any(-1), inputs.padded                # (B, T): no padding
+    repeated = [x.repeat_interleave(group, dim=1) for x in keys]  # for who cannot share key heads
+    for name, call in contestants(case, inputs).items():
+        for given in ([q, *keys], [q, *repeated]):
+            try:
+                if session.is_over:
+                    others[name] = "no time left"
+                elif not is_right(call(*given).transpose(1, 2)[real]):
+                    others[name] = "wrong"
+                else:
+                    replays[name] = record(call, given, case.backward)
+                    break
+            except Exception as reason:  # a backend refuses a shape in many ways
+                others[name] = type(reason).__name__
+    times = median_times(replays)
+    ms, spread = times.pop("ours")
+    others |= {name: f"{other:.3f} ±{part:.0%}" for name, (other, part) in times.items()}
+    fastest = min((other for other, _ in times.values()), default=float("nan"))
+    pairs = int(sees.sees_visual.sum() + sees.sees_text.sum())
+    operations = pairs * case.H * 4 * case.D * (3.5 if case.backward else 1)
+    size = sum(x.nbytes for x in (*inputs.packed, inputs.packed[0]))
+    return {"ours, ms": f"{ms:.3f} ±{spread:.0%}",
+            "best other, ms": f"{fastest:.3f}",
+            "times faster": f"{fastest / ms:.2f}",
+            "of matmul": f"{operations / ms * 1e3 / session.matmul:.0%}",
+            "of copy": f"{size / ms * 1e3 / session.copy:.0%}",
+            "others, ms": ", ".join(f"{name}: {what}" for name, what in others.items())}

@@ -8,18 +8,52 @@ kernels compute. The last layer's visual tokens are carried no further under any
 formulas carry them. README.md has what the papers state.
 """
 
+import argparse
 import dataclasses
+import math
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from nanoeemllm.border.command import Parser
-from nanoeemllm.config import PRESETS, ModelConfig, VisualPath
+from nanoeemllm.border.command import Parser, positive
+from nanoeemllm.border.table import print_table
+from nanoeemllm.config import PRESETS, ModelConfig, UserError, VisualPath
 from nanoeemllm.data import cost
 from nanoeemllm.paths import PATHS, add_flags, from_args
 
 # (text tokens, [visual tokens of each image])
 CASES = [(text, images) for text in (64, 256)
          for images in ([576], [2304], [4900], [4900, 4900])]
+
+
+# ---- flags that commands share ----
+
+def make_parser(command: str, about: str, preset: str) -> Parser:
+    """With --preset, its default, and the flags of visual paths."""
+    parser = Parser(about, f"python -m nanoeemllm.bench {command}")
+    presets = [name for name in PRESETS if PRESETS[name].vision]
+    parser.add_argument("--preset", choices=presets, default=preset, help=f"({preset})")
+    add_flags(parser)
+    return parser
+
+
+def add_case_flags(parser: Parser, systems: tuple[str, ...], visual: list[int]):
+    """What is compared, on which samples; the defaults of both."""
+    add = parser.add_argument
+    add("--systems", "--paths", nargs="+", metavar="PATH",
+        help=f"visual paths, or all ({' '.join(systems)})")
+    add("--visual", nargs="+", type=square, default=visual,
+        help=f"visual tokens of an image ({' '.join(map(str, visual))})")
+    add("--text", type=positive(int), default=64, help="text tokens of a sample (64)")
+
+
+def square(text: str) -> int:
+    number = positive(int, most=2 ** 20)(text)
+    side = math.isqrt(number)
+    if side ** 2 != number:
+        raise argparse.ArgumentTypeError(
+            f"{number}: give the patches of a square picture, as in {side ** 2}")
+    return number
 
 
 def paths_of(args, config: ModelConfig) -> dict[str, VisualPath]:
@@ -36,6 +70,18 @@ def paths_of(args, config: ModelConfig) -> dict[str, VisualPath]:
     return paths | {chosen.name: chosen}
 
 
+def choose(args, known: dict[str, VisualPath], default: tuple[str, ...]) -> dict[str, VisualPath]:
+    """Those that --systems names; without it the default ones, or --visual-path beside llava."""
+    names = args.systems or (["llava", args.visual_path] if args.visual_path else default)
+    names = known if names == ["all"] else names
+    for name in names:
+        if name not in known:
+            raise UserError(f"--systems {name}: known are {', '.join(known)}, or all")
+    return {name: known[name] for name in names}
+
+
+# ---- the command ----
+
 def count(config: ModelConfig, paths: dict[str, VisualPath], cases: list,
           rectangles: bool) -> dict[str, list[tuple[float, float, float]]]:
     """Name -> for every case the language model's, the projector's and the encoder's operations."""
@@ -46,29 +92,19 @@ def count(config: ModelConfig, paths: dict[str, VisualPath], cases: list,
     return counts
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
-    lines.insert(1, "|---" * len(head) + "|")
-    return "\n".join(lines)
+def relative(counts: dict[str, list[tuple]], cases: list, parts: int) -> Iterator[dict[str, str]]:
+    """Rows of the table: the first parts' 10^12 operations, and relative to llava."""
+    for name in counts:
+        row = {"tokens": name}
+        for (text, images), found, llava in zip(cases, counts[name], counts["llava"]):
+            total = sum(found[:parts])
+            case = f"{' + '.join(f'{n:,}' for n in images)} visual, {text} text"
+            row[case] = f"{total / 1e12:,.1f} ({total / sum(llava[:parts]):.0%})"
+        yield row
 
 
-def relative(counts: dict[str, list[float]], cases: list) -> str:
-    """The table: 10^12 operations, and relative to llava."""
-    head = [f"{' + '.join(f'{n:,}' for n in images)} visual, {text} text" for text, images in cases]
-    rows = []
-    for name, row in counts.items():
-        cells = [f"{n / 1e12:,.1f} ({n / base:.0%})" for n, base in zip(row, counts["llava"])]
-        rows.append([name, *cells])
-    return table(["tokens", *head], rows)
-
-
-def main(argv: list[str]):
-    parser = Parser(__doc__, "python -m nanoeemllm.bench operations")
-    presets = [name for name in PRESETS if PRESETS[name].vision]
-    parser.add_argument("--preset", choices=presets, default="eemllm-7b-980")
-    add_flags(parser)
-    args = parser.parse_args(argv)
+def main(command: str, argv: list[str]):
+    args = make_parser(command, __doc__, "eemllm-7b-980").parse_args(argv)
     config = PRESETS[args.preset]
     paths, long = paths_of(args, config), CASES[4:]
     as_papers = count(config, paths, CASES, rectangles=True)
@@ -78,5 +114,4 @@ def main(argv: list[str]):
             (as_papers, 3, CASES, "with encoder and projector"),
             (visible, 1, long, "the language model, pairs that see each other")):
         print(f"\n{args.preset}, prefill, {what}: 10^12 operations, and relative to llava")
-        totals = {name: [sum(case[:parts]) for case in row] for name, row in counts.items()}
-        print(relative(totals, cases))
+        print_table(relative(counts, cases, parts))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanoeemllm.border.command import Parser, positive, run_command
 from nanoeemllm.config import UserError
-from nanoeemllm.toy.world import SPLITS, WorldConfig, export_llava, export_tsv
+from nanoeemllm.toy.world import WorldConfig, export_llava, export_tsv
 
 
 def main():
@@ -17,7 +17,6 @@ def main():
     add("--export", type=Path, metavar="DIR")
     add("--export-tsv", type=Path, metavar="FILE")
     add("-n", type=positive(int), default=2000, help="pictures, or lines (2000)")
-    add("--split", choices=SPLITS, help="train for --export, else held-out")
     add("--picture-size", type=int, default=48, help="pixels a side (48)")
     add("--max-things", type=int, default=3, help="most things in a picture (3)")
     add("--seed", type=positive(int, or_zero=True), default=0, help="(0)")
@@ -27,9 +26,9 @@ def main():
     world = WorldConfig(args.picture_size, args.max_things, args.seed)
     try:
         if args.export:
-            export_llava(world, args.export, args.n, args.split or "train")
+            export_llava(world, args.export, args.n)
         if args.export_tsv:
-            export_tsv(world, args.export_tsv, args.n, args.split or "held-out")
+            export_tsv(world, args.export_tsv, args.n)
     except OSError as error:
         raise UserError(error) from None
     print("wrote", *filter(None, (args.export, args.export_tsv)))

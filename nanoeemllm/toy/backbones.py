@@ -24,13 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanoeemllm.border.files import read_json
-from nanoeemllm.border.typed import read_config
 from nanoeemllm.config import PRESETS, ModelConfig, UserError
-from nanoeemllm.data import Sample
+from nanoeemllm.data import Sample, collate
 from nanoeemllm.data.images import prepare_image
 from nanoeemllm.llama import SelfAttention
-from nanoeemllm.data import collate
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import TEMPLATES, encode_conversation
 from nanoeemllm.weights.tokenizer import Tokenizer
@@ -38,7 +35,7 @@ from nanoeemllm.toy.world import (COLOURS, PLACES, SHAPES, Thing, ToyDataset, Wo
                                   description, draw, make_scene, make_tokenizer)
 from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.vision import VisionTransformer
-from nanoeemllm.weights.folder import save
+from nanoeemllm.weights.folder import read_config, save
 
 ENCODER_STEPS, LANGUAGE_STEPS = 800, 400
 BATCH = 16
@@ -52,7 +49,7 @@ def make_backbones(folder: Path, world: WorldConfig, force: bool = False):
     One that is there already is kept, unless `force`. Raises UserError if its image size differs.
     """
     if (folder / "config.json").exists() and not force:
-        found = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+        found = read_config(folder)
         if found.vision is None or found.vision.image_size != world.picture_size:
             raise UserError(f"{folder} was made for pictures of another size than "
                             f"{world.picture_size}: give another --out, or --force")
@@ -66,9 +63,7 @@ def make_backbones(folder: Path, world: WorldConfig, force: bool = False):
     torch.manual_seed(world.seed)
     model = EEMLLM(config)
     initialize(model)
-    state = model.state_dict()
-    for name, x in trained.items():
-        state[name] = torch.from_numpy(x)
+    state = model.state_dict() | {name: torch.from_numpy(x) for name, x in trained.items()}
     save(state, config, tiny_tokenizer(config), folder)
 
 

@@ -9,7 +9,6 @@ What the results file lacks is trained (by train.py), scored and added to it, on
 Stop it when you like: the same command goes on. --draw prints what there is and trains nothing.
 """
 
-import contextlib
 import fcntl
 import functools
 import itertools
@@ -25,13 +24,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import nanoeemllm
 from nanoeemllm import paths
 from nanoeemllm.border.command import Parser, positive, run_command
 from nanoeemllm.border.files import read_json, write_aside
 from nanoeemllm.border.plot import line_chart
-from nanoeemllm.config import PRESETS, UserError
+from nanoeemllm.border.table import print_table
+from nanoeemllm.border.typed import read_typed
+from nanoeemllm.config import PRESETS, ModelConfig, UserError, VisualPath
 from nanoeemllm.data import cost
 from nanoeemllm.evaluation import evaluate_rows
 from nanoeemllm.model import EEMLLM
@@ -111,53 +113,35 @@ TABLES = {
 
 # ---- training and scoring ----
 
-def train(run: Run, folder: Path) -> Path:
+def train(run: Run, out: Path) -> Path:
     """Both stages, by train.py, from backbones of the same image size. Returns the model folder.
     Stopped by Ctrl-C, it goes on from train.py's checkpoint the next time."""
-    out, model = folder / run.name.split()[0], folder / f"backbone-{run.size}"
-    with locked(folder):
-        make_backbones(model, WorldConfig(run.size))
-    with locked(out) as lock:
-        for stage, steps in STEPS.items():
-            flags = (f"--stage {stage} --resume --device cpu --seed {run.seed} "
-                     f"--picture-size {run.size} --batch-size {BATCH} "
-                     f"--steps {max(1, round(steps * run.share))} --visual-path {run.path}")
-            command = [sys.executable, SCRIPT, "--init", model, "--out", out, *flags.split()]
-            # The child has the lock as well, in case that this process ends before it.
-            child = subprocess.Popen(command, pass_fds=[lock])
-            try:
-                child.wait()
-            except KeyboardInterrupt:           # the child gets it, too, and writes a checkpoint
-                child.wait()
-                raise
-            model = out / stage
-            if child.returncode:
-                raise UserError(f"{out}: train.py ended with exit code {child.returncode}")
-            if not (model / "config.json").exists():            # it alone was stopped
-                raise KeyboardInterrupt
+    folder, model = out / run.name.split()[0], out / f"backbone-{run.size}"
+    make_backbones(model, WorldConfig(run.size))
+    for stage, steps in STEPS.items():
+        flags = (f"--stage {stage} --resume --device cpu --seed {run.seed} "
+                 f"--picture-size {run.size} --batch-size {BATCH} "
+                 f"--steps {max(1, round(steps * run.share))} --visual-path {run.path}")
+        command = [sys.executable, SCRIPT, "--init", model, "--out", folder, *flags.split()]
+        child = subprocess.Popen(command)
+        try:
+            child.wait()
+        except KeyboardInterrupt:           # the child gets it, too, and writes a checkpoint
+            child.wait()
+            raise
+        if child.returncode:
+            raise UserError(f"{folder}: train.py ended with exit code {child.returncode}")
+        model = folder / stage
+        if not (model / "config.json").exists():                # it alone was stopped
+            raise KeyboardInterrupt
     return model
 
 
-@contextlib.contextmanager
-def locked(folder: Path):
-    """One command at a time in this folder; another one waits here. Gives the file descriptor."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock
-    finally:
-        os.close(lock)
-
-
-def visual_path_of(run: Run):
+def visual_path_of(run: Run) -> VisualPath:
     parser = Parser("")
     paths.add_flags(parser)
-    flags = f"--visual-path {run.scored_path or run.path}"
-    return paths.from_args(parser.parse_args(flags.split()), PRESETS["tiny"])
+    args = parser.parse_args(["--visual-path", *(run.scored_path or run.path).split()])
+    return paths.from_args(args, PRESETS["tiny"])
 
 
 def score(run: Run, folder: Path) -> float:
@@ -182,30 +166,33 @@ def stretch(model: EEMLLM, size: int):
 
 # ---- costs ----
 
-def first_question(run: Run):
-    """(a model with random weights, ids, image): the prefill that is counted and timed"""
+def first_question(run: Run) -> tuple[ModelConfig, list[int], Image.Image]:
+    """The prefill that is counted and timed."""
     world = WorldConfig(run.size)
     config = replace(tiny_config(world), visual_path=visual_path_of(run))
-    model = EEMLLM(config, tiny_tokenizer(config))
-    initialize(model)
     row = exam(world, "held-out", 1)[0]
-    ids = encode_prompt(model.tokenizer, "<image>\n" + row["question"], config.chat_template)
-    return model, ids, row["image"]
+    ids = encode_prompt(tiny_tokenizer(config), "<image>\n" + row["question"],
+                        config.chat_template)
+    return config, ids, row["image"]
 
 
 @functools.cache
 def operations(run: Run) -> float:
     """Of the language model; attention's as the papers count it."""
-    model, ids, _ = first_question(run)
-    sample = (len(ids) - 1, [model.config.vision.grid_size ** 2])   # less the image
-    return cost.operations(model.config, [sample], rectangles=True)[0]
+    config, ids, _ = first_question(run)
+    sample = len(ids) - 1, [config.vision.grid_size ** 2]           # less the image
+    return cost.operations(config, [sample], rectangles=True)[0]
 
 
 @torch.inference_mode()
 def time_prefills(runs: dict, turns: int = 50) -> dict:
-    """Milliseconds from an image and a question to the first token's logits: the median of `turns`.
-    Runs take turns, so that other work on the machine slows all alike."""
-    questions = {place: first_question(run) for place, run in runs.items()}
+    """Milliseconds from an image and a question to the first token's logits, with random weights:
+    the median of `turns`. Runs take turns, so that other work on the machine slows all alike."""
+    questions = {}
+    for place, run in runs.items():
+        config, *question = first_question(run)
+        questions[place] = EEMLLM(config), *question
+        initialize(questions[place][0])
     times = {place: [] for place in runs}
     for _ in range(turns + 2):
         for place, (model, ids, image) in questions.items():
@@ -223,28 +210,42 @@ def read_results(file: Path) -> dict:
         return {"settings": SETTINGS, "runs": {}, "prefill_ms": {}}
     data = read_json(file)
     try:
-        numbers = [run["accuracy"] for run in data["runs"].values()]
-        numbers += data["prefill_ms"].values()
-        good = all(type(x) in (int, float) and 0 <= x < 1e9 for x in numbers)
+        numbers = data["prefill_ms"] | {name: run["accuracy"] for name, run in data["runs"].items()}
+        is_ours = data["settings"] == SETTINGS
     except (KeyError, TypeError, AttributeError):
-        good = False
-    if not good or data.get("settings") != SETTINGS:
-        raise UserError(f"{file} does not hold accuracies and times, as numbers, of {SETTINGS}: "
-                        "give another --results")
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"{file} does not hold accuracies and times of {SETTINGS}: give another "
+                        "--results")
+    for name, number in numbers.items():
+        read_typed(float, number, f"{file}: {name}", least=0)
     return data
+
+
+def make_folder(folder: Path):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}") from None
 
 
 def add_results(file: Path, part: str, found: dict) -> dict:
     """Adds to what other commands may have added meanwhile; returns all there is."""
-    with locked(file.parent):
+    make_folder(file.parent)
+    folder = os.open(file.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)          # another command waits here
+    try:
         data = read_results(file)
         data[part] |= found
         write_aside(file, json.dumps(data, indent=1).encode())
+    finally:
+        os.close(folder)
     return data
 
 
-def run_missing(tables: list, seeds: int, out: Path, file: Path):
-    results = add_results(file, "runs", {})     # a file that cannot be written is told before work
+def run_missing(tables: list[str], seeds: int, out: Path, file: Path):
+    results = add_results(file, "runs", {})     # what cannot be written is told before work
+    make_folder(out)
     for seed, table in itertools.product(range(seeds), tables):
         for run in TABLES[table].values():
             run = run._replace(seed=seed)
@@ -253,9 +254,8 @@ def run_missing(tables: list, seeds: int, out: Path, file: Path):
                 accuracy = score(run, train(run, out))
                 results = add_results(file, "runs", {run.name: {"accuracy": accuracy}})
     if "paths" in tables:
-        untimed = {", ".join(place): run for place, run in TABLES["paths"].items()}
-        for place in results["prefill_ms"]:
-            untimed.pop(place, None)
+        untimed = {", ".join(place): run for place, run in TABLES["paths"].items()
+                   if ", ".join(place) not in results["prefill_ms"]}
         add_results(file, "prefill_ms", time_prefills(untimed))
 
 
@@ -266,23 +266,22 @@ def accuracies(results: dict, run: Run, seeds: int) -> list:
     return [results["runs"][name]["accuracy"] for name in names if name in results["runs"]]
 
 
-def draw(table: str, results: dict, seeds: int) -> list:
-    """Lines of Markdown; accuracy as mean and half the range."""
-    columns, lines = {}, {}
+def draw(table: str, results: dict, seeds: int) -> list[dict[str, str]]:
+    """Its rows; accuracy as mean and half the range."""
+    rows = {}
     for (row, column), run in TABLES[table].items():
         found = accuracies(results, run, seeds)
-        cells = f"{statistics.mean(found):.1f}" if found else "not run"
+        accuracy = f"{statistics.mean(found):.1f}" if found else "not run"
         if len(found) > 1:
-            cells += f" ± {(max(found) - min(found)) / 2:.1f}"
-        columns[column] = f"{column}: accuracy"
+            accuracy += f" ± {(max(found) - min(found)) / 2:.1f}"
+        cells = rows.setdefault(row, {table: row})
+        cells[f"{column}: accuracy"] = accuracy
         if table == "paths":
             share = operations(run) / operations(TABLES["paths"]["llava", column])
             ms = results["prefill_ms"].get(f"{row}, {column}")
-            cells += f" | {share:.2f} | " + (f"{ms:.1f}" if ms else "not run")
-            columns[column] += " | operations : llava | prefill, ms"
-        lines[row] = lines.get(row, f"| {row} |") + f" {cells} |"
-    header = "| | " + " | ".join(columns.values()) + " |"
-    return [header, "|---" * (header.count("|") - 1) + "|", *lines.values()]
+            cells[f"{column}: operations : llava"] = f"{share:.2f}"
+            cells[f"{column}: prefill, ms"] = f"{ms:.1f}" if ms else "not run"
+    return list(rows.values())
 
 
 def plot(results: dict, seeds: int, file: Path):
@@ -315,7 +314,8 @@ def main(argv: list | None = None):
         print("stopped; the same command goes on")
     results = read_results(args.results)
     for table in tables:
-        print(f"\n{table}\n", *draw(table, results, args.seeds), sep="\n")
+        print()
+        print_table(draw(table, results, args.seeds))
     if "paths" in tables:
         plot(results, args.seeds, args.results.with_suffix(".png"))
 

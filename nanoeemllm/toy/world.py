@@ -80,8 +80,7 @@ def make_scene(world: WorldConfig, split: str, index: int) -> Scene:
         places = rng.sample(range(len(PLACES)), number)
         scene = []
         for shape, place in zip(shapes, places):
-            colours = [c for c in COLOURS if (f"{c} {shape}" in NEVER_TRAINED) == never]
-            colour = rng.choice(colours)
+            colour = rng.choice([c for c in COLOURS if (f"{c} {shape}" in NEVER_TRAINED) == never])
             jitter = tuple(rng.randint(-1, 1) for _ in range(3))
             scene.append(Thing(shape, colour, place, jitter))
         content = " ".join(f"{t.shape} {t.colour} {t.place}" for t in scene)
@@ -165,21 +164,21 @@ class Question(NamedTuple):
 
 def questions(scene: Scene) -> list[Question]:
     """Everything that can be asked about a scene. A seed's choice depends on the kinds' order."""
-    found = [("caption", "describe the picture thing by thing.", caption(scene, "thing")),
-             ("caption", "describe the picture place by place.", caption(scene, "place")),
-             ("how-many", "how many things are there?", NUMBERS[len(scene)])]
-    content = dict.fromkeys(PLACES, "nothing")
-    is_there = dict.fromkeys(SHAPES, "no")
-    look_ups = []
+    found = [Question("caption", f"describe the picture {order} by {order}.", caption(scene, order))
+             for order in SENTENCES]
+    found.append(Question("how-many", "how many things are there?", NUMBERS[len(scene)]))
+    content = {PLACES[t.place]: f"{t.colour} {t.shape}" for t in scene}
+    for place in PLACES:
+        answer = content.get(place, "nothing")
+        found.append(Question("what-is-at", f"what is at {place}?", answer))
     for shape, colour, place, _ in scene:
-        content[PLACES[place]] = f"{colour} {shape}"
-        is_there[shape] = "yes"
-        look_ups.append(("colour", f"what colour is the {shape}?", colour))
-        look_ups.append(("where", f"where is the {shape}?", PLACES[place]))
-    found += [("what-is-at", f"what is at {place}?", content[place]) for place in PLACES]
-    found += look_ups
-    found += [("is-there", f"is there a {shape}?", is_there[shape]) for shape in SHAPES]
-    return [Question(*question) for question in found]
+        found.append(Question("colour", f"what colour is the {shape}?", colour))
+        found.append(Question("where", f"where is the {shape}?", PLACES[place]))
+    there = [thing.shape for thing in scene]
+    for shape in SHAPES:
+        answer = "yes" if shape in there else "no"
+        found.append(Question("is-there", f"is there a {shape}?", answer))
+    return found
 
 
 def by_kind(scene: Scene) -> dict:
@@ -300,11 +299,12 @@ def exam(world: WorldConfig, split: str, n: int) -> list[dict]:
             return rows[:n]
 
 
-def export_llava(world: WorldConfig, folder: Path, n: int, split: str = "train"):
-    """folder/pretrain.json, folder/finetune.json (LLaVA's lists), and the n images of both."""
+def export_llava(world: WorldConfig, folder: Path, n: int):
+    """folder/pretrain.json, folder/finetune.json (LLaVA's lists), and the n images of both, all to
+    train on."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, kind in (("pretrain", "caption"), ("finetune", "conversation")):
-        dataset, items = ToyDataset(world, split, kind), []
+        dataset, items = ToyDataset(world, "train", kind), []
         for i in tqdm(range(n), name, leave=False, disable=None):
             item = dataset[i]
             file = f"{item['id']}.png"
@@ -313,13 +313,13 @@ def export_llava(world: WorldConfig, folder: Path, n: int, split: str = "train")
         write_aside(folder / f"{name}.json", json.dumps(items, indent=1).encode())
 
 
-def export_tsv(world: WorldConfig, file: Path, n: int, split: str = "held-out"):
-    """n rows with VLMEvalKit's columns, answers to be met exactly."""
+def export_tsv(world: WorldConfig, file: Path, n: int):
+    """n held-out rows with VLMEvalKit's columns, answers to be met exactly."""
     columns = "index image question answer category l2-category split".split()
-    lines = ["\t".join(columns)]
-    for index, row in enumerate(exam(world, split, n)):
+    lines = [columns]
+    for index, row in enumerate(exam(world, "held-out", n)):
         png = io.BytesIO()
         row["image"].save(png, "PNG")
         row |= {"index": str(index), "image": base64.b64encode(png.getvalue()).decode()}
-        lines.append("\t".join(row[column] for column in columns))
-    write_aside(file, ("\n".join(lines) + "\n").encode())
+        lines.append([row[column] for column in columns])
+    write_aside(file, "".join("\t".join(line) + "\n" for line in lines).encode())
