@@ -37,12 +37,10 @@ def main():
     check_replaceable(args.out, args.force)
     tensors, config, tokenizer = read(args.llm, args.vision, args.llava, args.visual_path,
                                       args.chat_template, DTYPES.get(args.dtype))
-    save(tensors, config, tokenizer, args.out, progress=True)
-    size = sum(torch.Size(x.shape).numel() for x in tensors.values())
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    print(f"{args.out}: {size / 1e6:,.1f}M parameters in {dtype}, visual path "
-          f"{config.visual_path.name}, chat template {config.chat_template}"
-          + (", new projector" if args.vision else ""))
+    save(tensors, config, tokenizer, args.out)
+    size = sum(x.nbytes for x in tensors.values())
+    print(f"{args.out}: {size / 1e9:,.2f} GB, visual path {config.visual_path.name}, chat template "
+          f"{config.chat_template}" + (", new projector" if args.vision else ""))
 
 
 def parse() -> argparse.Namespace:
@@ -59,8 +57,7 @@ def parse() -> argparse.Namespace:
     add("--chat-template", choices=TEMPLATES, help="default: as the folder has it")
     add("--force", action="store_true", help="replace the model that --out holds")
     args = parser.parse_args()
-    sources = bool(args.llava) + bool(args.llm) + bool(args.to_hf)
-    if sources != 1 or args.vision and not args.llm:
+    if [args.llm, args.llava, args.to_hf].count(None) != 2 or args.vision and not args.llm:
         parser.error("give either --llm, with or without --vision, or --llava, or --to-hf alone")
     if args.to_hf and (args.dtype or args.visual_path or args.chat_template or args.force):
         parser.error("--to-hf writes a model as it is: give it --out alone")
