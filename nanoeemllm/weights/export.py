@@ -80,7 +80,7 @@ def export_tensors(model: EEMLLM, rows: int) -> dict[str, Tensor | Lazy]:
         patches = ours["vision.patch_embedding.weight"]
         size = (3, vision.patch_size, vision.patch_size)
         ours["vision.patch_embedding.weight"] = patches.unflatten(1, size)
-        for kind in ("weight", "bias"):                      # a last norm is looked for, if not used
+        for kind in ("weight", "bias"):                      # looked for, even where it is not used
             ours.setdefault("vision.post_layernorm." + kind,
                             ours["vision.layers.0.layer_norm1." + kind])
     tensors = {}

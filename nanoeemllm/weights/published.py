@@ -127,14 +127,12 @@ class Source:
     def __init__(self, folder: Path, known: dict[str, str]):
         self.folder, self.where = folder, quoted(folder / "config.json")
         self.config = read_json(folder / "config.json")
-        if "llama" in self.config:
-            raise UserError(f"{self.where} is a model folder of ours, not a published one")
         named = self.config.get("architectures") or [self.config.get("model_type")]
         name = named[0] if isinstance(named, list) else named
         kinds = [kind for architecture, kind in known.items() if name in (architecture, kind)]
         if not kinds:
             raise UserError(f"{self.where}: architecture {name!s:.80} is not supported here; "
-                            f"supported: {', '.join(known)}")
+                            f"supported: {', '.join(known)}, but no model folder of ours")
         self.kind = kinds[0]
 
 
@@ -165,13 +163,11 @@ def without_convolution(x: Tensor) -> Tensor:
 def llama_config(where: str, data: dict) -> LlamaConfig:
     check_values(where, data, LLAMA_MUST)
     rope = part(where, data, "rope_parameters") or part(where, data, "rope_scaling")
-    values = LLAMA_DEFAULTS | given(data, LLAMA_DEFAULTS) | given(rope, ["rope_theta"])
     kind = rope.get("rope_type", rope.get("type", "default"))
+    check_value(where, "RoPE scaling", kind, ["default", "llama3"])
+    values = LLAMA_DEFAULTS | given(data, LLAMA_DEFAULTS) | given(rope, ["rope_theta"])
     if kind == "llama3":
         values["rope_scaling"] = given(rope, LLAMA3_ROPE)
-    elif kind != "default":
-        raise UserError(f"{where}: RoPE scaling {kind!r:.80} is not supported; supported: default, "
-                        "llama3")
     values["num_key_value_heads"] = values["num_attention_heads"]
     values |= given(data, ["num_key_value_heads", "head_dim"])
     if "head_dim" not in values:
@@ -182,18 +178,16 @@ def llama_config(where: str, data: dict) -> LlamaConfig:
 
 def vision_config(source: Source) -> tuple[VisionConfig, str]:
     """The encoder as we run it, and a pattern of the tensors (bare names) that it leaves unused."""
-    where, config, kind = source.where, source.config, source.kind
-    data, in_llava = config, kind == "llava"
+    where, data, kind = source.where, source.config, source.kind
     if not kind.endswith("_vision_model"):                   # the encoder is a part
-        data = part(where, config, "vision_config") | part(where, config, "vision_config_dict")
+        data = part(where, data, "vision_config") | part(where, data, "vision_config_dict")
+    in_llava = kind == "llava"
     if in_llava:
         data = data or LLAVA_VISION
-        kind = str(data.get("model_type") or "clip_vision_model")
-        if kind not in VISION_STRATEGY:
-            raise UserError(f"{where}: a {kind} encoder is not supported; supported: "
-                            + ", ".join(VISION_STRATEGY))
-        check_values(where, {STRATEGY: "default"} | given(config, [STRATEGY]),
-                     {STRATEGY: VISION_STRATEGY[kind]})
+        kind = data.get("model_type") or "clip_vision_model"
+        check_value(where, "encoder", kind, list(VISION_STRATEGY))
+        strategy = source.config.get(STRATEGY) or "default"
+        check_value(where, STRATEGY, strategy, [VISION_STRATEGY[kind]])
     family = kind.removesuffix("_vision_model")
     values = ENCODERS[family]
     check_values(where, data, {"hidden_act": ACTIVATIONS[values["hidden_act"]], "num_channels": 3})
@@ -201,17 +195,17 @@ def vision_config(source: Source) -> tuple[VisionConfig, str]:
     values = values | given(data, TOWER) | given(preparation, CLIP_COLOURS)
     whole = read_typed(VisionConfig, values, where)
     if family == "idefics2":
-        whole = dataclasses.replace(whole, min_image_size=max(1, 378 * whole.image_size // 980))
-    if family != "clip" and not in_llava:
-        return whole, NOTHING
-    depth, layer = whole.num_hidden_layers, config.get("vision_feature_layer", -2)
-    if type(layer) is not int or not -depth <= layer <= depth or layer == 0:
-        raise UserError(f"{where}: vision_feature_layer {layer!r} is not one of {depth} layers")
-    layers = layer % (depth + 1)                             # -1 is the last
-    last_norm = layers == depth and data.get("tie_last_hidden_states") is True
-    after = "|".join(map(str, range(layers, depth)))
-    unused = rf"encoder\.layers\.({after})\." + r"|post_layernorm\." * (not last_norm)
-    return dataclasses.replace(whole, num_hidden_layers=layers, post_layernorm=last_norm), unused
+        values["min_image_size"] = max(1, 378 * whole.image_size // 980)
+    unused = NOTHING
+    if family == "clip" or in_llava:                         # features of a layer by its number
+        depth, key = whole.num_hidden_layers, "vision_feature_layer"
+        layer = read_typed(int, source.config.get(key, -2), f"{where}: {key}", -depth, depth)
+        layers = layer % (depth + 1)                         # -1 is the last
+        last_norm = layers == depth and data.get("tie_last_hidden_states") is True
+        values |= {"num_hidden_layers": layers, "post_layernorm": last_norm}
+        after = "|".join(map(str, range(layers, depth)))
+        unused = rf"encoder\.layers\.({after})\." + r"|post_layernorm\." * (not last_norm)
+    return read_typed(VisionConfig, values, where), unused
 
 
 def with_room_for(vision: VisionConfig, llama: LlamaConfig) -> LlamaConfig:
@@ -241,9 +235,13 @@ def given(data: dict, keys) -> dict:
 
 def check_values(where: str, data: dict, must: dict):
     for key, value in given(data, must).items():
-        if value != must[key]:
-            raise UserError(f"{where}: {key} {value!r:.80} is not supported; supported: "
-                            f"{must[key]!r}")
+        check_value(where, key, value, [must[key]])
+
+
+def check_value(where: str, key: str, value, known: list):
+    if value not in known:
+        raise UserError(f"{where}: {key} {value!r:.80} is not supported; supported: "
+                        + ", ".join(map(str, known)))
 
 
 # ---- tokenizer ----
@@ -258,17 +256,18 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(source, named_tokens(folder, "eos_token"), None if add_bos is None else bos)
 
 
-def named_tokens(folder: Path, token: str) -> list[list[int | str]]:
+def named_tokens(folder: Path, token: str) -> list[tuple[int | str | None, ...]]:
     """What each file, the most believed first, says that eos_token or bos_token is."""
-    groups = []
+    groups, key = [], token + "_id"
     for path in (folder / "generation_config.json", folder / "config.json"):
-        where, key, data = quoted(path), token + "_id", optional_json(path)
-        ids = data.get(key, part(where, data, "text_config").get(key))
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        groups.append(read_typed(tuple[int, ...], ids, f"{where}: {key}", least=0))
-    name = optional_json(folder / "tokenizer_config.json").get(token)
+        where, data = quoted(path), optional_json(path)
+        ids = (part(where, data, "text_config") | data).get(key)
+        ids = ids if isinstance(ids, list) else [ids]
+        groups.append(read_typed(tuple[int | None, ...], ids, f"{where}: {key}", least=0))
+    path = folder / "tokenizer_config.json"
+    name = optional_json(path).get(token)
     name = name.get("content") if isinstance(name, dict) else name
-    return [*groups, [name] if isinstance(name, str) else []]
+    return [*groups, (read_typed(str | None, name, f"{quoted(path)}: {token}"),)]
 
 
 def _with_added_tokens(folder: Path) -> tokenizers.Tokenizer:
@@ -279,14 +278,12 @@ def _with_added_tokens(folder: Path) -> tokenizers.Tokenizer:
     try:
         tokens = {str(i): {"content": text} for text, i in more.items()}
         tokens |= about.get("added_tokens_decoder", {})
-        added = {int(i): AddedToken(token["content"], special=token.get("special", True),
-                                    normalized=False) for i, token in tokens.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
+        for i in sorted(tokens, key=int):
+            text, is_special = tokens[i]["content"], tokens[i].get("special", True)
+            tokenizer.add_tokens([AddedToken(text, special=is_special, normalized=False)])
+            if tokenizer.token_to_id(text) != int(i):
+                raise ValueError(f"{text!r} should be {i}, but follows on fewer ids")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{quoted(folder)}: tokenizer_config.json and added_tokens.json must give "
-                        "every added token's id and text") from None
-    for i in sorted(added):
-        tokenizer.add_tokens([added[i]])
-        if tokenizer.token_to_id(added[i].content) != i:
-            raise UserError(f"{quoted(folder)}: the added token {added[i].content!r} should be id "
-                            f"{i}, but follows on fewer ids")
+                        f"every added token's id and text, without a gap ({error})") from None
     return tokenizer

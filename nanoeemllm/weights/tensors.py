@@ -108,38 +108,33 @@ def check_tensors(where, expected: Mapping[str, Tensor], found: Mapping[str, Ten
 # ---- writing ----
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor | Lazy]):
-    """Shards and their index, as transformers names them."""
-    shards, size, weight_map = [{}], 0, {}
-    for name, x in tensors.items():
-        size += x.nbytes
-        if size > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = x.nbytes
-        shards[-1][name] = x
-    with tqdm(total=len(tensors), unit="tensor", leave=False, disable=None) as bar:
-        for number, shard in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write_shard(folder / file, shard, bar)
-            weight_map |= dict.fromkeys(shard, file)
-    total = sum(x.nbytes for x in tensors.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor | Lazy], bar: tqdm):
-    """The safetensors format: header size (8 bytes), JSON header padded to 8 bytes, the numbers.
-    The library's own writer would hold all of them."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    """Shards and their index, as transformers names them. A file of the safetensors format is the
+    header's size (8 bytes), a JSON header padded to 8 bytes, and the numbers; the library's own
+    writer would hold all of a file's tensors."""
+    headers, end = [], 0
     for name, x in tensors.items():
         start, end = end, end + x.nbytes
-        header[name] = {"dtype": DTYPES[x.dtype], "shape": x.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for x in tensors.values():
-            x = x.load() if isinstance(x, Lazy) else x.detach()
-            file.write(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-            bar.update()
+        if not headers or end > SHARD_BYTES:
+            headers.append({})
+            start, end = 0, x.nbytes
+        headers[-1][name] = {"dtype": DTYPES[x.dtype], "shape": x.shape,
+                             "data_offsets": [start, end]}
+    weight_map, bar = {}, tqdm(total=len(tensors), unit="tensor", leave=False, disable=None)
+    for number, header in enumerate(headers, 1):
+        file = f"model-{number:05d}-of-{len(headers):05d}.safetensors"
+        text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for name in header:
+                x = tensors[name]
+                x = x.load() if isinstance(x, Lazy) else x.detach()
+                out.write(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                bar.update()
+                weight_map[name] = file
+    bar.close()
+    size = sum(x.nbytes for x in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def write_json(path: Path, data: dict):

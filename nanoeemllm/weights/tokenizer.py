@@ -14,7 +14,7 @@ from nanoeemllm.prompt import TEMPLATES, template_named
 
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")        # the first that a tokenizer has is its own
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|im_end|>")
-Groups = Iterable[Iterable[int | str]]    # of tokens, by id or name; the first that is known counts
+Groups = Iterable[Iterable[int | str | None]]     # of tokens, by id or name, most believed first
 
 
 class Tokenizer:
