@@ -53,7 +53,7 @@ def converted(tmp_path, *args, **load):
 def test_a_conversion_killed_at_any_moment_leaves_the_old_model_or_the_new_one(tmp_path):
     """--force, killed at every call that changes the disk."""
     from test_border import killed_at
-    tensors, config, tokenizer = published.read(SOURCES / "smollm2", None, None, None, None, None)
+    tensors, config, tokenizer = published.read(SOURCES / "smollm2")
     changed = dataclasses.replace(config, chat_template="short")
     for number in range(1, 1000):
         folder = tmp_path / str(number) / "model"
@@ -302,11 +302,11 @@ def test_tensors_that_do_not_fit(llm, tmp_path, capsys):
     merged(llm, {f"model.layers.0.self_attn.q_proj.bias{i}": torch.zeros(1) for i in range(12)}
            | {"model.norm.weight": torch.zeros(5), "model.layers.0.mlp.gate_proj.weight": None})
     message = refused(capsys, tmp_path / "model", "--llm", llm)
-    assert "1 missing: layers.0.mlp.gate_proj.weight" in message
-    assert "12 unexpected: layers.0.self_attn.q_proj.bias0, " in message and message.count(".bias") == 10
-    assert "norm.weight is (5,), not (32,)" in message
+    assert "1 missing: decoder.layers.0.mlp.gate_proj.weight" in message
+    assert "12 unexpected: model.layers.0.self_attn.q_proj.bias0, " in message and message.count(".bias") == 10
+    assert "decoder.norm.weight is (5,), not (32,)" in message
     merged(llm, {"model.norm.weight": None})
-    assert "2 missing: layers.0.mlp.gate_proj.weight, norm.weight" in refused(capsys, tmp_path / "model", "--llm", llm)
+    assert "2 missing: decoder.layers.0.mlp.gate_proj.weight, decoder.norm.weight" in refused(capsys, tmp_path / "model", "--llm", llm)
 
 
 @pytest.mark.parametrize("change, said", [
@@ -414,7 +414,7 @@ def test_command_line(tmp_path, monkeypatch):
     for args in (["--llava", "a", "--llm", "b"], ["--vision", "a"], ["--llava", "a", "--vision", "b"], [],
                  ["--to-hf", "a", "--llm", "b"], ["--to-hf", "a", "--vision", "b"], ["--to-hf", "a", "--force"]):
         monkeypatch.setattr(sys, "argv", ["convert_weights.py", *args, "--out", "other"])
-        with pytest.raises(UserError, match="give either|required|--to-hf writes"):
+        with pytest.raises(UserError, match="give either|required"):
             script["parse"]()
     assert run("--llm", SOURCES / "smollm2", "--out", "new/smollm2").stderr.count("--force") == 1
     done = run("--to-hf", "new/smollm2", "--out", "out")
@@ -637,7 +637,7 @@ def test_what_the_layout_cannot_say(change, said, tmp_path):
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=said):
         export(tmp_path / "model", tmp_path / "out")
-    with pytest.raises(UserError, match="no model folder"):
+    with pytest.raises(UserError, match="llava/config.json: unknown key 'architectures'"):
         export(SOURCES / "llava", tmp_path / "out")
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="there already"):

@@ -2,6 +2,7 @@
 all is checked before anything is allocated or looped over."""
 
 import dataclasses
+from collections.abc import Mapping
 from types import UnionType
 from typing import get_args, get_origin
 
@@ -12,7 +13,7 @@ from nanoeemllm.paths import lookup
 JSON = {dict: ((dict,), "an object"), tuple: ((list, tuple), "a list"), str: ((str,), "a text"),
         bool: ((bool,), "true or false"), int: ((int,), "a whole number"),
         float: ((int, float), "a number")}
-RANGE = {int: (1, 2 ** 20), float: (2 ** -100, 2 ** 100)}     # where a field says nothing else
+RANGE = {int: {"least": 1, "most": 2 ** 20}, float: {"least": 2 ** -100, "most": 2 ** 100}}
 
 
 def read_config(data: dict, where: str = "config") -> ModelConfig:
@@ -21,11 +22,12 @@ def read_config(data: dict, where: str = "config") -> ModelConfig:
     return read_typed(ModelConfig, data, where)
 
 
-def read_typed(kind, value, where: str, least: float | None = None, most: float | None = None):
+def read_typed(kind, value, where: str, limits: Mapping[str, float] = {}):
     """A JSON value as `kind`, checked to the bottom: a dataclass from an object, a tuple from a
-    list, a number from its range. Raises UserError that names the place."""
+    list, a number from its range. limits: "least" and "most", where they differ from RANGE. Raises
+    UserError that names the place."""
     if get_origin(kind) is UnionType:                                    # X | None
-        return None if value is None else read_typed(get_args(kind)[0], value, where, least, most)
+        return None if value is None else read_typed(get_args(kind)[0], value, where, limits)
     plain = dict if dataclasses.is_dataclass(kind) else get_origin(kind) or kind
     types, name = JSON[plain]
     if type(value) not in types:
@@ -34,13 +36,12 @@ def read_typed(kind, value, where: str, least: float | None = None, most: float 
         return read_object(kind, value, where)
     if plain is tuple:
         inner = get_args(kind)[0]
-        return tuple(read_typed(inner, item, f"{where}[{i}]", least, most)
+        return tuple(read_typed(inner, item, f"{where}[{i}]", limits)
                      for i, item in enumerate(value))
     if plain in RANGE:
-        low, high = RANGE[plain]
-        low, high = low if least is None else least, high if most is None else most
-        if not low <= value <= high:                                     # nor is NaN
-            raise UserError(f"{where} is {value!r:.80}; it must be from {low:g} to {high:g}")
+        least, most = (limits.get(key, usual) for key, usual in RANGE[plain].items())
+        if not least <= value <= most:                                   # nor is NaN
+            raise UserError(f"{where} is {value!r:.80}; it must be from {least:g} to {most:g}")
     return kind(value)
 
 
@@ -52,9 +53,8 @@ def read_object(kind, value: dict, where: str):
     for key, item in value.items():
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(known)}")
-        limits = known[key].metadata
-        found[key] = read_typed(known[key].type, item, f"{where}.{key}", limits.get("least"),
-                                limits.get("most"))
+        field = known[key]
+        found[key] = read_typed(field.type, item, f"{where}.{key}", field.metadata)
     missing = [name for name, f in known.items() if name not in found
                and f.default is f.default_factory is dataclasses.MISSING]
     if missing:

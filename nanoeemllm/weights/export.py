@@ -20,7 +20,7 @@ from nanoeemllm.config import ModelConfig, UserError, VisionConfig, VisualPath
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import IMAGE_TEXT
 from nanoeemllm.weights.chat import jinja
-from nanoeemllm.weights.folder import is_model, load, read_config
+from nanoeemllm.weights.folder import load, read_config
 from nanoeemllm.weights.published import (ACTIVATIONS, ENCODERS, LLAMA_SAYS, LLAVA, LLAVA_SAYS, LLM,
                                           STRATEGY, TOWER, VISION_STRATEGY, published_name)
 from nanoeemllm.weights.tensors import Lazy, write_json, write_weights
@@ -31,8 +31,6 @@ def export(folder: Path, out: Path) -> str:
     """Returns the name of the layout. Raises UserError that names what it cannot say."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{quoted(out)} is there already: choose another --out")
-    if not is_model(folder):
-        raise UserError(f"{quoted(folder)} is no model folder; --to-hf writes one out")
     config = read_config(folder)
     if config.vision is not None:
         check(config.visual_path, config.vision)
@@ -85,7 +83,8 @@ def export_tensors(model: EEMLLM, rows: int) -> dict[str, Tensor | Lazy]:
                             ours["vision.layers.0.layer_norm1." + kind])
     tensors = {}
     for name, x in ours.items():
-        if name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight"):
+        is_table = name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight")
+        if is_table and rows > len(x):
             x = Lazy((rows, x.shape[1]), x.dtype, functools.partial(with_rows, x, rows))
         name = published_name(name)
         tensors[name if vision is not None else name.removeprefix("language_model.")] = x

@@ -75,16 +75,14 @@ LLAMA3_ROPE = [f.name for f in dataclasses.fields(RopeScaling)]
 
 
 def read(llm: Path | None = None, vision: Path | None = None, llava: Path | None = None,
-         visual_path: str | None = None, chat_template: str | None = None,
+         chat_template: str | None = None,
          dtype: torch.dtype | None = None) -> tuple[dict[str, Lazy], ModelConfig, Tokenizer]:
     """llm, with or without vision, or llava alone -> what folder.save takes. dtype: as the language
     model is stored. Between llm and vision stands a random projector, to be trained."""
-    first, encoder, unused = Source(llava, LLAVA) if llava else Source(llm, LLM), None, NOTHING
-    sources, text = [first], first.config
-    if llava:
-        check_values(first.where, first.config, LLAVA_SAYS)
-        text = part(first.where, first.config, "text_config")
-    llama = llama_config(first.where, text)
+    first = Source(llava, LLAVA) if llava else Source(llm, LLM)
+    check_values(first.where, first.config, LLAVA_SAYS)
+    text = part(first.where, first.config, "text_config") if llava else first.config
+    llama, encoder, unused, sources = llama_config(first.where, text), None, NOTHING, [first]
     if vision:
         sources.append(Source(vision, VISION))
     if llava or vision:
@@ -94,29 +92,28 @@ def read(llm: Path | None = None, vision: Path | None = None, llava: Path | None
     template = chat_template or choose_template(first.folder, tokenizer)
     encode_prompt(tokenizer, "a", template)                  # raises where the two do not fit
     config = ModelConfig(
-        llama, encoder, make(visual_path or ("llava" if llava else "eemllm")), template,
+        llama, encoder, make("llava" if llava else "eemllm"), template,
         eos_token_ids=tokenizer.eos_ids,
         bos_token_ids=() if tokenizer.bos_id is None else (tokenizer.bos_id,))
 
     with torch.device("meta"):
         expected = EEMLLM(config).state_dict()
-    new = {name: x for name, x in expected.items() if is_new_weight(name) and not llava}
-    ours = {bare(published_name(name)): name for name in expected if name not in new}
-    found = {}
+    ours, tensors = {bare(published_name(name)): name for name in expected}, {}
     for source in sources:
         # A tied head is the embedding; an encoder's folder may hold another language model's head.
         no_head = llama.tie_word_embeddings or source is not first
         passed_over = f"{NOT_OURS}|{unused}" + r"|lm_head\." * no_head
         for name, x in read_weights(source.folder).items():
             if not re.match(passed_over, bare(name)):
-                found[bare(name)] = without_convolution(x)
-    check_tensors(" and ".join(str(source.folder) for source in sources),
-                  {name: expected[ours[name]] for name in ours}, found)
-    dtype = dtype or found["norm.weight"].dtype
+                tensors[ours.get(bare(name), name)] = without_convolution(x)
+    if vision:
+        new = {name: x for name, x in expected.items() if is_new_weight(name)}
+        tensors |= random_weights(new, config)
+    check_tensors(" and ".join(str(source.folder) for source in sources), expected, tensors)
+    dtype = dtype or tensors["decoder.norm.weight"].dtype
     if dtype not in DTYPES:
         raise UserError(f"{quoted(first.folder)} stores its weights in another type than "
                         f"{', '.join(DTYPES.values())}: give --dtype")
-    tensors = {ours[name]: x for name, x in found.items()} | random_weights(new, config)
     return {name: Lazy(tuple(x.shape), dtype, functools.partial(x.to, dtype))
             for name, x in tensors.items()}, config, tokenizer
 
@@ -199,7 +196,8 @@ def vision_config(source: Source) -> tuple[VisionConfig, str]:
     unused = NOTHING
     if family == "clip" or in_llava:                         # features of a layer by its number
         depth, key = whole.num_hidden_layers, "vision_feature_layer"
-        layer = read_typed(int, source.config.get(key, -2), f"{where}: {key}", -depth, depth)
+        layer = read_typed(int, source.config.get(key, -2), f"{where}: {key}",
+                           {"least": -depth, "most": depth})
         layers = layer % (depth + 1)                         # -1 is the last
         last_norm = layers == depth and data.get("tie_last_hidden_states") is True
         values |= {"num_hidden_layers": layers, "post_layernorm": last_norm}
@@ -263,7 +261,7 @@ def named_tokens(folder: Path, token: str) -> list[tuple[int | str | None, ...]]
         where, data = quoted(path), optional_json(path)
         ids = (part(where, data, "text_config") | data).get(key)
         ids = ids if isinstance(ids, list) else [ids]
-        groups.append(read_typed(tuple[int | None, ...], ids, f"{where}: {key}", least=0))
+        groups.append(read_typed(tuple[int | None, ...], ids, f"{where}: {key}", {"least": 0}))
     path = folder / "tokenizer_config.json"
     name = optional_json(path).get(token)
     name = name.get("content") if isinstance(name, dict) else name

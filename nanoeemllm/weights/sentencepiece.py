@@ -53,8 +53,8 @@ def read_sentencepiece(path: Path, prefix_everywhere: bool = True) -> tokenizers
     except (AttributeError, TypeError, LookupError, OverflowError, ValueError, struct.error):
         raise UserError(f"{quoted(path)} is no SentencePiece model, or is cut off") from None
     if trainer.get(3) != 2 or trainer.get(24) or texts[UNUSED] or not texts[UNKNOWN]:
-        raise UserError(f"{quoted(path)} is not supported: it must be a BPE model (not unigram, word "
-                        "or char) that puts no spaces behind words, has a piece for the unknown "
+        raise UserError(f"{quoted(path)} is not supported: it must be a BPE model (no unigram, word "
+                        "or char one) that puts no spaces behind words, has a piece for the unknown "
                         "and none that is unused")
 
     joined, special = texts[USER_DEFINED], texts[UNKNOWN] + texts[CONTROL]

@@ -98,7 +98,7 @@ def check_tensors(where, expected: Mapping[str, Tensor], found: Mapping[str, Ten
         "unexpected": [name for name in held if name not in right],
         "of another shape": [f"{name} is {held[name]}, not {shape}" for name, shape in right.items()
                              if held.get(name, shape) != shape]}
-    lines = [f"{len(names)} {what}: {', '.join(names[:10])}{', ...' * (len(names) > 10)}"
+    lines = [f"{len(names)} {what}: {', '.join(names[:10])}"
              for what, names in wrong.items() if names]
     if lines:
         raise UserError(f"{quoted(where)}: the tensors do not fit the configuration. "

@@ -132,8 +132,7 @@ def _library_errors(what: str):
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{what}: {why:.200}") from None
+        raise UserError(f"{what}: {error!r:.200}") from None
 
 
 @contextlib.contextmanager
