@@ -38,8 +38,7 @@ def main():
     tensors, config, tokenizer = read(args.llm, args.vision, args.llava, args.chat_template,
                                       DTYPES.get(args.dtype))
     save(tensors, config, tokenizer, args.out)
-    size = sum(x.nbytes for x in tensors.values())
-    print(f"{args.out}: {size / 1e9:,.2f} GB, visual path {config.visual_path.name}, chat template "
+    print(f"{args.out}: visual path {config.visual_path.name}, chat template "
           f"{config.chat_template}" + (", new projector" if args.vision else ""))
 
 

@@ -114,7 +114,7 @@ def read(llm: Path | None = None, vision: Path | None = None, llava: Path | None
     if dtype not in DTYPES:
         raise UserError(f"{quoted(first.folder)} stores its weights in another type than "
                         f"{', '.join(DTYPES.values())}: give --dtype")
-    return {name: Lazy(tuple(x.shape), dtype, functools.partial(x.to, dtype))
+    return {name: Lazy(x.shape, dtype, functools.partial(x.to, dtype))
             for name, x in tensors.items()}, config, tokenizer
 
 

@@ -53,9 +53,9 @@ def read_sentencepiece(path: Path, prefix_everywhere: bool = True) -> tokenizers
     except (AttributeError, TypeError, LookupError, OverflowError, ValueError, struct.error):
         raise UserError(f"{quoted(path)} is no SentencePiece model, or is cut off") from None
     if trainer.get(3) != 2 or trainer.get(24) or texts[UNUSED] or not texts[UNKNOWN]:
-        raise UserError(f"{quoted(path)} is not supported: it must be a BPE model (no unigram, word "
-                        "or char one) that puts no spaces behind words, has a piece for the unknown "
-                        "and none that is unused")
+        raise UserError(f"{quoted(path)} is not supported: it must be a BPE model (no unigram, "
+                        "word or char one) that puts no spaces behind words, has a piece for the "
+                        "unknown and none that is unused")
 
     joined, special = texts[USER_DEFINED], texts[UNKNOWN] + texts[CONTROL]
     # ignore_merges: a stretch that is itself in the vocabulary is one token; for `joined` alone

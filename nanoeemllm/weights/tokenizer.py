@@ -83,19 +83,19 @@ class Tokenizer:
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields the text of ids as they come, never half a character; joined, the pieces are
         decode(ids)."""
-        before, new, piece = [], [], ""
+        window, new, said = [], 0, ""    # the last piece's ids and the new ones; the last piece
         for i in ids:
-            new.append(i)
-            # The decoder needs what stands before new to place spaces rightly.
-            start, whole = self.decode(before), self.decode(before + new)
-            # Bytes that make no character may begin another way: then new stands alone.
-            piece = whole[len(start):] if whole.startswith(start) else self.decode(new)
+            window.append(i)
+            new += 1
+            text = self.decode(window)   # a piece needs the one before to place spaces rightly
             # U+FFFD: the bytes so far end inside a character
-            if piece and not piece.endswith("\ufffd"):
-                yield piece
-                before, new, piece = new, [], ""
-        if piece:
-            yield piece
+            if len(text) > len(said) and not text.endswith("\ufffd"):
+                yield text[len(said):]
+                window, new = window[-new:], 0
+                said = self.decode(window)
+        rest = self.decode(window)[len(said):]
+        if rest:
+            yield rest
 
     def special_id(self, name: str) -> int:
         """Id of a template's special token. Raises UserError where there is none of that name."""
