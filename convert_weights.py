@@ -35,14 +35,11 @@ def main():
         print(f"{args.out}: written as {export(args.to_hf, args.out)}")
         return
     check_replaceable(args.out, args.force)
-    tensors, config, tokenizer = read(args.llm, args.vision, args.llava, args.visual_path,
-                                      args.chat_template, DTYPES.get(args.dtype))
-    save(tensors, config, tokenizer, args.out, progress=True)
-    size = sum(torch.Size(x.shape).numel() for x in tensors.values())
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    print(f"{args.out}: {size / 1e6:,.1f}M parameters in {dtype}, visual path "
-          f"{config.visual_path.name}, chat template {config.chat_template}"
-          + (", new projector" if args.vision else ""))
+    tensors, config, tokenizer = read(args.llm, args.vision, args.llava, args.chat_template,
+                                      DTYPES.get(args.dtype))
+    save(tensors, config, tokenizer, args.out)
+    print(f"{args.out}: visual path {config.visual_path.name}, chat template "
+          f"{config.chat_template}" + (", new projector" if args.vision else ""))
 
 
 def parse() -> argparse.Namespace:
@@ -54,16 +51,14 @@ def parse() -> argparse.Namespace:
     add("--to-hf", type=Path, metavar="MODEL", help="a model folder, to be written out")
     add("--out", type=Path, required=True, help="folder to write")
     add("--dtype", choices=DTYPES, help="default: as the language model is stored")
-    add("--visual-path", choices=("llava", "eemllm"),
-        help="default: llava for --llava, else eemllm; sample.py and train.py can choose any other")
     add("--chat-template", choices=TEMPLATES, help="default: as the folder has it")
     add("--force", action="store_true", help="replace the model that --out holds")
     args = parser.parse_args()
-    sources = bool(args.llava) + bool(args.llm) + bool(args.to_hf)
-    if sources != 1 or args.vision and not args.llm:
-        parser.error("give either --llm, with or without --vision, or --llava, or --to-hf alone")
-    if args.to_hf and (args.dtype or args.visual_path or args.chat_template or args.force):
-        parser.error("--to-hf writes a model as it is: give it --out alone")
+    sources = [args.llm, args.llava, args.to_hf].count(None) == 2
+    changes = args.dtype or args.chat_template or args.force
+    if not sources or args.vision and not args.llm or args.to_hf and changes:
+        parser.error("give either --llm, with or without --vision, or --llava; or --to-hf, which "
+                     "writes a model as it is, and --out alone")
     return args
 
 

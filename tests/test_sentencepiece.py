@@ -57,9 +57,9 @@ PIECES = [(1, message((1, b"<unk>"), (3, 2))), (1, message((1, b"a")))]
     (message(*PIECES, (2, message((3, 1)))), "unigram"),
     (message(*PIECES), "unigram"),                                        # the default
     (message(*PIECES, (2, message((3, 2), (24, 1)))), "spaces behind words"),
-    (message(PIECES[1], (2, message((3, 2)))), "none for the unknown"),
+    (message(PIECES[1], (2, message((3, 2)))), "has a piece for the unknown"),
     (message(*PIECES, (1, message((1, b"b"), (3, 5))), (2, message((3, 2)))), "unused"),
-    (b"", "no SentencePiece model"), (b"<html>not found</html>", "no SentencePiece model"),
+    (b"\x0a" + b"\xff" * 9 + b"\x7f", "no SentencePiece model"), (b"", "no SentencePiece model"), (b"<html>not found</html>", "no SentencePiece model"),
     (b"\x0a", "no SentencePiece model"), (b"\xff" * 20, "no SentencePiece model"),
 ])
 def test_other_files_are_refused(data, said, tmp_path):

@@ -357,7 +357,7 @@ def test_settings_come_back_from_json(name):
     ({"name": "yopo", "kept_heads": [[1, 0], [1], [1]]}, "rising"),
     ({"name": "yopo", "prune_heads": 4}, "at least one"), ({"name": "yopo", "window": 4}, "odd"),
     ({"name": "yopo", "window": "5"}, "window"), ({"name": "lava"}, "known: llava"),
-    ({"name": "eemllm-f", "composite_layers": 3}, "must be a list"), ({"window": 5}, "with a name"),
+    ({"name": "eemllm-f", "composite_layers": 3}, "must be a list"), ({"window": 5}, "'None' is not known; known: llava"),
     ({"name": "yopo", "ffn_ratio": 49}, "neurons"), ({"name": "yopo", "bogus": 1}, "unknown key"),
 ])
 def test_settings_that_do_not_fit_are_refused(settings, said):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.paths import is_trained
 
-WARMUP_STEPS = 8             # at least, in runs of 40 steps and more: see learning_rate
+WARMUP_STEPS = 8             # at least, but at most a fifth of the steps: see learning_rate
 MICRO_BATCH_TOKENS = 8192    # a 7B model's activations of them take about 40 GB, not checkpointed
 
 

@@ -7,9 +7,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from nanoeemllm.border.files import open_regular, quoted, read_json
+from nanoeemllm.border.files import open_regular, quoted
 from nanoeemllm.config import UserError
 from nanoeemllm.prompt import TEMPLATES
+from nanoeemllm.weights.tensors import optional_json
 from nanoeemllm.weights.tokenizer import Tokenizer
 
 # fingerprint -> ours that writes the same for a conversation with a system turn: test_convert.py
@@ -34,11 +35,10 @@ def choose_template(folder: Path, tokenizer: Tokenizer) -> str:
     text = stored_template(folder)
     if text is not None:
         known = KNOWN | {fingerprint(jinja(name)): name for name in TEMPLATES}
-        found = known.get(fingerprint(text))
-        if found is None:
-            raise UserError(f"the chat template of {quoted(folder)} is not a known one: say which "
-                            f"comes close, --chat-template {'|'.join(TEMPLATES)}")
-        return found
+        if fingerprint(text) in known:
+            return known[fingerprint(text)]
+        raise UserError(f"the chat template of {quoted(folder)} is not a known one: say which "
+                        f"comes close, --chat-template {'|'.join(TEMPLATES)}")
     for name, token in (("chatml", "<|im_start|>"), ("llama3", "<|start_header_id|>")):
         if tokenizer.id_of(token) is not None:
             return name
@@ -52,8 +52,7 @@ def stored_template(folder: Path) -> str | None:
         with open_regular(path) as file:
             return file.read().decode(errors="replace")
     for name in ("chat_template.json", "tokenizer_config.json"):
-        path = folder / name
-        found = read_json(path).get("chat_template") if path.exists() else None
+        found = optional_json(folder / name).get("chat_template")
         if found is not None:
             return str(found)                    # several in a list are none that is known
     return None

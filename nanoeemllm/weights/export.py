@@ -7,7 +7,6 @@ the tokenizer had no <image> yet, with rows for it.
 
 import dataclasses
 import functools
-import json
 import sys
 from pathlib import Path
 
@@ -17,53 +16,48 @@ from tokenizers import AddedToken, processors
 from torch import Tensor
 
 from nanoeemllm.border.files import quoted, replace_folder
-from nanoeemllm.config import ModelConfig, UserError, VisionConfig
+from nanoeemllm.config import ModelConfig, UserError, VisionConfig, VisualPath
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.prompt import IMAGE_TEXT
 from nanoeemllm.weights.chat import jinja
-from nanoeemllm.weights.folder import is_model, load, read_config
+from nanoeemllm.weights.folder import load, read_config
 from nanoeemllm.weights.published import (ACTIVATIONS, ENCODERS, LLAMA_SAYS, LLAVA, LLAVA_SAYS, LLM,
-                                          TOWER, VISION_STRATEGY, published_name)
+                                          STRATEGY, TOWER, VISION_STRATEGY, published_name)
 from nanoeemllm.weights.tensors import Lazy, write_json, write_weights
 from nanoeemllm.weights.tokenizer import Tokenizer, without_prepend
 
 
-def export(model: Path, out: Path) -> str:
+def export(folder: Path, out: Path) -> str:
     """Returns the name of the layout. Raises UserError that names what it cannot say."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{quoted(out)} is there already: choose another --out")
-    if not is_model(model):
-        raise UserError(f"{quoted(model)} is no model folder; --to-hf writes one out")
-    config = read_config(model)
+    config = read_config(folder)
     if config.vision is not None:
-        check(config)
-    loaded = load(model, device="cpu")                       # mapped from the files
-    tokenizer = loaded.tokenizer
-    library = tokenizer_with(tokenizer, config)
-    layouts, rows = LLM, config.llama.vocab_size
-    if config.vision is not None:
-        layouts, image_id = LLAVA, library.token_to_id(IMAGE_TEXT)
+        check(config.visual_path, config.vision)
+    model, rows = load(folder, device="cpu"), config.llama.vocab_size     # mapped from the files
+    library = tokenizer_with(model.tokenizer, config)
+    if config.vision is None:
+        (name,) = LLM
+        files = text_configurations(config, model.tokenizer, rows)
+    else:
+        (name,) = LLAVA
+        image_id = library.token_to_id(IMAGE_TEXT)
         rows = max(rows, image_id + 1)
-    (name, layout), = layouts.items()
-    tensors = export_tensors(loaded, layout.parts, rows)
-    files = text_configurations(config, tokenizer, rows)
-    if config.vision is not None:
+        files = text_configurations(config, model.tokenizer, rows)
         add_vision(files, config.vision, image_id)
-    files["config.json"] |= {"architectures": [name], "model_type": layout.model_type,
-                             "torch_dtype": str(loaded.dtype).removeprefix("torch.")}
+    dtype = str(model.dtype).removeprefix("torch.")
+    files["config.json"] |= {"architectures": [name], "torch_dtype": dtype}
     with replace_folder(out) as aside:
-        write_weights(aside, tensors, progress=True)
+        write_weights(aside, export_tensors(model, rows))
         for file, data in files.items():
             write_json(aside / file, data)
+        (aside / "tokenizer.json").write_text(library.to_str(), encoding="utf-8")
         template = files["tokenizer_config.json"]["chat_template"]    # processors look for a file
-        for file, text in {"tokenizer.json": library.to_str(),
-                           "chat_template.jinja": template}.items():
-            (aside / file).write_text(text, encoding="utf-8")
+        (aside / "chat_template.jinja").write_text(template, encoding="utf-8")
     return name
 
 
-def check(config: ModelConfig):
-    path, vision = config.visual_path, config.vision
+def check(path: VisualPath, vision: VisionConfig):
     if path.own_weights:
         raise UserError(f"LLaVA's layout has no place for {path.name}'s own weights")
     resize = ENCODERS[vision.architecture]["resize"]
@@ -73,31 +67,28 @@ def check(config: ModelConfig):
     if not path.computes_llava_attention:
         print(f"note: LLaVA's layout computes LLaVA's attention, not that of {path.name}",
               file=sys.stderr)
-    if vision.architecture == "siglip" and vision.post_layernorm:
-        print("note: SigLIP's last norm is asked for by tie_last_hidden_states, which transformers "
-              "before 5.24 passes over", file=sys.stderr)
 
 
 # ---- weights ----
 
-def export_tensors(model: EEMLLM, parts: dict[str, tuple[str, ...]],
-                   rows: int) -> dict[str, Tensor | Lazy]:
+def export_tensors(model: EEMLLM, rows: int) -> dict[str, Tensor | Lazy]:
     """By their published names. rows: of the vocabulary's tables."""
-    ours, vision = dict(model.state_dict()), model.config.vision
+    ours, vision = model.state_dict(), model.config.vision
     if vision is not None:
         patches = ours["vision.patch_embedding.weight"]
         size = (3, vision.patch_size, vision.patch_size)
         ours["vision.patch_embedding.weight"] = patches.unflatten(1, size)
-        if not vision.post_layernorm:                        # not used, but looked for
-            for kind in ("weight", "bias"):
-                ours["vision.post_layernorm." + kind] = ours["vision.layers.0.layer_norm1." + kind]
-    for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight"):
-        table = ours.get(name)
-        if table is not None and rows > len(table):
-            ours[name] = Lazy((rows, table.shape[1]), table.dtype,
-                              functools.partial(with_rows, table, rows))
-    prefixes = {prefix: theirs[0] for prefix, theirs in parts.items()}
-    return {published_name(name, prefixes): x for name, x in ours.items()}
+        for kind in ("weight", "bias"):                      # looked for, even where it is not used
+            ours.setdefault("vision.post_layernorm." + kind,
+                            ours["vision.layers.0.layer_norm1." + kind])
+    tensors = {}
+    for name, x in ours.items():
+        is_table = name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight")
+        if is_table and rows > len(x):
+            x = Lazy((rows, x.shape[1]), x.dtype, functools.partial(with_rows, x, rows))
+        name = published_name(name)
+        tensors[name if vision is not None else name.removeprefix("language_model.")] = x
+    return tensors
 
 
 def with_rows(table: Tensor, rows: int) -> Tensor:
@@ -112,7 +103,7 @@ def tokenizer_with(tokenizer: Tokenizer, config: ModelConfig) -> tokenizers.Toke
     """The tokenizer with what transformers looks for in it: BOS before a text, and <image>."""
     text = tokenizer.to_json()
     if not tokenizer.prefix_after_special:       # Metaspace puts the dummy space, at the very start
-        text = json.dumps(without_prepend(json.loads(text)))
+        text = without_prepend(text)
     library = tokenizers.Tokenizer.from_str(text)
     if config.vision is not None:
         library.add_special_tokens([AddedToken(IMAGE_TEXT, special=True, normalized=False)])
@@ -125,18 +116,18 @@ def tokenizer_with(tokenizer: Tokenizer, config: ModelConfig) -> tokenizers.Toke
 
 def text_configurations(config: ModelConfig, tokenizer: Tokenizer, rows: int) -> dict[str, dict]:
     """File name -> what it holds, for a language model."""
-    llama, rope = config.llama, config.llama.rope_scaling
+    llama, rope, bos = config.llama, config.llama.rope_scaling, tokenizer.bos_id
     stops = list(dict.fromkeys([*tokenizer.eos_ids, tokenizer.end_id(config.chat_template)]))
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": stops[0]}
+    ids = {"bos_token_id": bos, "eos_token_id": stops, "pad_token_id": stops[0]}
     text = {**dataclasses.asdict(llama), **LLAMA_SAYS, **ids, "vocab_size": rows,
             "rope_scaling": rope and {"rope_type": "llama3", **dataclasses.asdict(rope)}}
-    end, has_bos = tokenizer.name_of(stops[0]), tokenizer.bos_id is not None
-    after_bos = "" if tokenizer.prefix_after_special else " "
+    end, after_bos = tokenizer.name_of(stops[0]), "" if tokenizer.prefix_after_special else " "
     words = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
              "model_max_length": llama.max_position_embeddings, "eos_token": end, "pad_token": end,
-             "add_bos_token": has_bos, "chat_template": jinja(config.chat_template, after_bos)}
-    if has_bos:
-        words["bos_token"] = tokenizer.name_of(tokenizer.bos_id)
+             "add_bos_token": bos is not None,
+             "chat_template": jinja(config.chat_template, after_bos)}
+    if bos is not None:
+        words["bos_token"] = tokenizer.name_of(bos)
     return {"config.json": text, "generation_config.json": ids, "tokenizer_config.json": words}
 
 
@@ -148,12 +139,12 @@ def add_vision(files: dict[str, dict], vision: VisionConfig, image_id: int):
     encoder |= {"model_type": kind, "hidden_act": ACTIVATIONS[vision.hidden_act],
                 "num_channels": 3, "vision_use_head": False,
                 "tie_last_hidden_states": vision.post_layernorm}   # features after the last norm
-    strategy = {"vision_feature_select_strategy": VISION_STRATEGY[kind]}
+    strategy = {STRATEGY: VISION_STRATEGY[kind]}
     processor = {"processor_class": "LlavaProcessor", "image_token": IMAGE_TEXT}
     square = {"height": vision.image_size, "width": vision.image_size}
     files["config.json"] = {
-        **LLAVA_SAYS, **strategy, "text_config": text, "vision_config": encoder,
-        "vision_feature_layer": -1, "image_token_index": image_id,
+        **LLAVA_SAYS, **strategy, "model_type": "llava", "text_config": text,
+        "vision_config": encoder, "vision_feature_layer": -1, "image_token_index": image_id,
         "image_seq_length": vision.grid_size ** 2,
         "tie_word_embeddings": text["tie_word_embeddings"]}
     files["tokenizer_config.json"] |= processor

@@ -35,24 +35,20 @@ def load(folder, device=None, dtype: torch.dtype | None = None,
     trained = config.visual_path
     if isinstance(visual_path, str):
         visual_path = config.path_named(visual_path)
-    if visual_path is not None:
-        config = dataclasses.replace(config, visual_path=visual_path)
-    tokenizer = read_tokenizer(folder, config)
+    config = dataclasses.replace(config, visual_path=visual_path or trained)
     with torch.device("meta"):
-        model = EEMLLM(config, tokenizer)
+        model = EEMLLM(config, read_tokenizer(folder, config))
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    state, expected = read_weights(folder, device, unlisted=True), model.state_dict()
+    state, expected = read_weights(folder, device), model.state_dict()
     for name, x in state.items():
         if x.dtype not in DTYPES:
             raise UserError(f"{quoted(folder)}: {name} is {x.dtype}; weights must be "
                             + ", ".join(DTYPES.values()))
-    new = {}
+    other = {name for name in expected.keys() ^ state.keys() if is_new_weight(name)}
+    new = {name: x for name, x in expected.items() if name in other} if new_parts else {}
     if new_parts:
-        state = {name: x for name, x in state.items()
-                 if name in expected or not is_new_weight(name)}
-        new = {name: x for name, x in expected.items()
-               if name not in state and is_new_weight(name)}
-    elif config.visual_path != trained and any(map(is_new_weight, expected.keys() ^ state.keys())):
+        state = {name: x for name, x in state.items() if name not in other}
+    elif other and config.visual_path != trained:
         raise UserError(f"{quoted(folder)} was trained as {trained.name}; "
                         f"{config.visual_path.name} as asked for has other weights of its own: "
                         f"train them with train.py --stage pretrain --init {quoted(folder)} "
@@ -73,16 +69,17 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
-    return Tokenizer(Path(folder) / "tokenizer.json", config.eos_token_ids, config.bos_token_ids)
+    bos = config.bos_token_ids
+    return Tokenizer(Path(folder) / "tokenizer.json", [config.eos_token_ids],
+                     None if bos is None else [bos])
 
 
-def save(tensors: Mapping[str, Tensor | Lazy], config: ModelConfig, tokenizer: Tokenizer, folder,
-         progress: bool = False):
+def save(tensors: Mapping[str, Tensor | Lazy], config: ModelConfig, tokenizer: Tokenizer, folder):
     """Writes a model folder, in place of an older one. Raises UserError where the disk is full, or
     where folder holds something that is no model."""
     check_replaceable(folder, force=True)
     with replace_folder(folder) as aside:
-        write_weights(aside, tensors, progress)
+        write_weights(aside, tensors)
         (aside / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         write_json(aside / "config.json", config.to_dict())
 

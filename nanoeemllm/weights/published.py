@@ -10,8 +10,8 @@ import functools
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
+import tokenizers
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
@@ -20,48 +20,32 @@ from nanoeemllm.border.files import quoted, read_json
 from nanoeemllm.border.typed import read_typed
 from nanoeemllm.config import LlamaConfig, ModelConfig, RopeScaling, UserError, VisionConfig
 from nanoeemllm.model import EEMLLM
-from nanoeemllm.paths import make
+from nanoeemllm.paths import is_new_weight, make
 from nanoeemllm.prompt import encode_prompt
 from nanoeemllm.weights.chat import choose_template
 from nanoeemllm.weights.initialize import random_weights
 from nanoeemllm.weights.sentencepiece import read_sentencepiece
-from nanoeemllm.weights.tensors import DTYPES, Lazy, check_tensors, read_weights
+from nanoeemllm.weights.tensors import DTYPES, Lazy, check_tensors, optional_json, read_weights
 from nanoeemllm.weights.tokenizer import Tokenizer
 
 # ---- what is known of the published models ----
 
+# architecture -> model_type
+LLM = {"LlamaForCausalLM": "llama"}
+VISION = {"SiglipModel": "siglip", "SiglipVisionModel": "siglip_vision_model",
+          "Idefics2ForConditionalGeneration": "idefics2",
+          "CLIPModel": "clip", "CLIPVisionModel": "clip_vision_model"}
+LLAVA = {"LlavaForConditionalGeneration": "llava"}
 
-class Layout(NamedTuple):
-    """Where an architecture keeps what we take: our prefix -> theirs, of which a folder uses one;
-    and the names of tensors that are not ours."""
-    model_type: str
-    parts: dict[str, tuple[str, ...]]
-    passed_over: str = r"$."
-
-
-LLM = {"LlamaForCausalLM": Layout("llama", {"decoder.lm_head.": ("lm_head.",),
-                                            "decoder.": ("model.",)})}
-VISION = {
-    "SiglipModel": Layout("siglip", {"vision.": ("vision_model.",)},
-                          r"text_model\.|logit_(scale|bias)$|vision_model\.head\."),
-    "SiglipVisionModel": Layout("siglip_vision_model", {"vision.": ("vision_model.", "")},
-                                r"(vision_model\.)?head\."),
-    "Idefics2ForConditionalGeneration": Layout(
-        "idefics2", {"vision.": ("model.vision_model.",)},
-        r"model\.(text_model|connector|perceiver_resampler)\.|lm_head\."),
-    "CLIPModel": Layout("clip", {"vision.": ("vision_model.",)},
-                        r"text_model\.|(text|visual)_projection\.|logit_scale$"),
-    "CLIPVisionModel": Layout("clip_vision_model", {"vision.": ("vision_model.", "")}),
-}
-LLAVA = {"LlavaForConditionalGeneration": Layout("llava", {
-    "decoder.lm_head.": ("language_model.lm_head.", "lm_head."),
-    "decoder.": ("language_model.model.", "model.language_model."),
-    "vision.": ("vision_tower.vision_model.", "model.vision_tower.vision_model.",
-                "vision_tower.", "model.vision_tower."),
-    "projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
-})}
-NEVER_OURS = r"(.*\.)?(rotary_emb\.inv_freq|position_ids)$"  # constants that older releases stored
-VISION_STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}  # in LLaVA
+# Our parts -> where LLaVA's layout has them. Elsewhere, and in other releases, other modules stand
+# around a part: WRAPPERS. What is within a part is named alike in all, and is its bare name.
+PARTS = {"decoder.lm_head.": "language_model.lm_head.", "decoder.": "language_model.model.",
+         "vision.": "vision_tower.vision_model.", "projector.": "multi_modal_projector."}
+WRAPPERS = r"^((model|language_model|vision_tower|vision_model)\.)+"
+# Bare names of what is not ours: other towers and heads, and constants of older releases.
+NOT_OURS = (r"(text_model|connector|perceiver_resampler|head|(text|visual)_projection)\."
+            r"|logit_(scale|bias)$|(.*\.)?(rotary_emb\.inv_freq|position_ids)$")
+NOTHING = r"$."                                      # a pattern that no name begins with
 
 # What a config.json leaves out equals these, the defaults of transformers' classes ...
 LLAMA_DEFAULTS = dict(
@@ -81,6 +65,8 @@ LLAVA_VISION = dict(             # where LLaVA has no vision_config at all
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
     image_size=336, patch_size=14)
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}     # ours -> theirs
+STRATEGY = "vision_feature_select_strategy"          # of LLaVA: CLIP's class token is left out
+VISION_STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 # These must have these values where they are given: other ones compute what we do not. We say them.
 LLAMA_SAYS = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
 LLAMA_MUST = dict(LLAMA_SAYS, partial_rotary_factor=1.0, rope_interleaved=False)
@@ -89,101 +75,85 @@ LLAMA3_ROPE = [f.name for f in dataclasses.fields(RopeScaling)]
 
 
 def read(llm: Path | None = None, vision: Path | None = None, llava: Path | None = None,
-         visual_path: str | None = None, chat_template: str | None = None,
+         chat_template: str | None = None,
          dtype: torch.dtype | None = None) -> tuple[dict[str, Lazy], ModelConfig, Tokenizer]:
     """llm, with or without vision, or llava alone -> what folder.save takes. dtype: as the language
-    model is stored. Weights that no source has are random ones, to be trained."""
+    model is stored. Between llm and vision stands a random projector, to be trained."""
     first = Source(llava, LLAVA) if llava else Source(llm, LLM)
-    sources, text, encoder = [first], first.config, None
-    if llava:
-        check_values(first.where, first.config, LLAVA_SAYS)
-        text = part(first.where, first.config, "text_config")
-    llama = llama_config(first.where, text)
-    if llama.tie_word_embeddings:
-        first.passed_over += "|" + re.escape(first.prefix["decoder.lm_head."])
+    check_values(first.where, first.config, LLAVA_SAYS)
+    text = part(first.where, first.config, "text_config") if llava else first.config
+    llama, encoder, unused, sources = llama_config(first.where, text), None, NOTHING, [first]
     if vision:
         sources.append(Source(vision, VISION))
     if llava or vision:
-        encoder, depth = vision_config(sources[-1])
-        sources[-1].pass_over_vision(encoder, depth)
+        encoder, unused = vision_config(sources[-1])
         llama = with_room_for(encoder, llama)
     tokenizer = read_tokenizer(first.folder)
     template = chat_template or choose_template(first.folder, tokenizer)
     encode_prompt(tokenizer, "a", template)                  # raises where the two do not fit
     config = ModelConfig(
-        llama, encoder, make(visual_path or ("llava" if llava else "eemllm")), template,
+        llama, encoder, make("llava" if llava else "eemllm"), template,
         eos_token_ids=tokenizer.eos_ids,
         bos_token_ids=() if tokenizer.bos_id is None else (tokenizer.bos_id,))
 
     with torch.device("meta"):
-        expected, tensors = EEMLLM(config).state_dict(), {}
+        expected = EEMLLM(config).state_dict()
+    ours, tensors = {bare(published_name(name)): name for name in expected}, {}
     for source in sources:
-        tensors |= source.take(expected)
+        # A tied head is the embedding; an encoder's folder may hold another language model's head.
+        no_head = llama.tie_word_embeddings or source is not first
+        passed_over = f"{NOT_OURS}|{unused}" + r"|lm_head\." * no_head
+        for name, x in read_weights(source.folder).items():
+            if not re.match(passed_over, bare(name)):
+                tensors[ours.get(bare(name), name)] = without_convolution(x)
+    new = {name: x for name, x in expected.items() if vision and is_new_weight(name)}
+    check_tensors(" and ".join(str(source.folder) for source in sources),
+                  {name: x for name, x in expected.items() if name not in new}, tensors)
+    if new:
+        tensors |= random_weights(new, config, tensors["decoder.embed_tokens.weight"])
     dtype = dtype or tensors["decoder.norm.weight"].dtype
     if dtype not in DTYPES:
         raise UserError(f"{quoted(first.folder)} stores its weights in another type than "
                         f"{', '.join(DTYPES.values())}: give --dtype")
-    new = {name: x for name, x in expected.items() if name not in tensors}
-    new = random_weights(new, config, tensors["decoder.embed_tokens.weight"])
-    for name, x in (tensors | new).items():
-        tensors[name] = Lazy(tuple(x.shape), dtype, functools.partial(x.to, dtype))
-    return tensors, config, tokenizer
+    return {name: Lazy(x.shape, dtype, functools.partial(x.to, dtype))
+            for name, x in tensors.items()}, config, tokenizer
 
 
 class Source:
-    """A published folder: its config, and its tensors, mapped from the files."""
+    """A published folder and its config.json, of one of the `known` architectures."""
 
-    def __init__(self, folder: Path, layouts: dict[str, Layout]):
+    def __init__(self, folder: Path, known: dict[str, str]):
         self.folder, self.where = folder, quoted(folder / "config.json")
         self.config = read_json(folder / "config.json")
-        if "llama" in self.config:
-            raise UserError(f"{self.where} is a model folder of ours, not a published one")
-        by_type = {layout.model_type: name for name, layout in layouts.items()}
-        named = self.config.get("architectures")
-        named = named or [by_type.get(str(self.config.get("model_type")))]
-        self.architecture = str(named[0]) if isinstance(named, list) else "none"
-        if self.architecture not in layouts:
-            raise UserError(f"{self.where}: architecture {self.architecture} is not supported here;"
-                            f" supported: {', '.join(layouts)}")
-        self.tensors = read_weights(folder)
-        _, parts, passed_over = layouts[self.architecture]
-        self.prefix = {}
-        for ours, theirs in parts.items():
-            used = [p for p in theirs if any(name.startswith(p) for name in self.tensors)]
-            self.prefix[ours] = (used or theirs)[0]
-        self.passed_over = f"{NEVER_OURS}|{passed_over}"
-
-    def pass_over_vision(self, vision: VisionConfig, depth: int):
-        """Features of an inner layer need neither the layers after it nor the last norm."""
-        if not vision.post_layernorm:
-            unused = "|".join(map(str, range(vision.num_hidden_layers, depth)))
-            prefix = re.escape(self.prefix["vision."])
-            self.passed_over += rf"|{prefix}(encoder\.layers\.({unused})\.|post_layernorm\.)"
-
-    def take(self, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors that this source has, in the order of its files."""
-        ours = {published_name(name, self.prefix): name
-                for name in expected if name.startswith(tuple(self.prefix))}
-        found = {name: without_convolution(x) for name, x in self.tensors.items()
-                 if not re.match(self.passed_over, name)}
-        check_tensors(self.folder, {name: expected[ours[name]] for name in ours}, found)
-        return {ours[name]: x for name, x in found.items()}
+        named = self.config.get("architectures") or [self.config.get("model_type")]
+        name = named[0] if isinstance(named, list) else named
+        kinds = [kind for architecture, kind in known.items() if name in (architecture, kind)]
+        if not kinds:
+            raise UserError(f"{self.where}: architecture {name!s:.80} is not supported here; "
+                            f"supported: {', '.join(known)}, but no model folder of ours")
+        self.kind = kinds[0]
 
 
-def without_convolution(x: Tensor) -> Tensor:
-    """Theirs cuts patches by a convolution (C, 3, p, p), ours multiplies them by a matrix."""
-    cuts_patches = x.dim() == 4 and x.shape[1] == 3 and x.shape[2] == x.shape[3]
-    return x.flatten(1) if cuts_patches else x
+# ---- names of tensors ----
 
-
-def published_name(ours: str, prefixes: dict[str, str]) -> str:
-    prefix = next(prefix for prefix in prefixes if ours.startswith(prefix))
+def published_name(ours: str) -> str:
+    """A tensor's name in LLaVA's layout."""
+    prefix = next(prefix for prefix in PARTS if ours.startswith(prefix))
     rest = ours.removeprefix(prefix)
     if prefix == "vision.":
         rest = re.sub(r"^(?=layers\.)", "encoder.", rest)
         rest = re.sub(r"^(?=\w+_embedding\b)", "embeddings.", rest)
         rest = rest.replace("pre_layernorm", "pre_layrnorm")  # the published misspelling
-    return prefixes[prefix] + rest
+    return PARTS[prefix] + rest
+
+
+def bare(name: str) -> str:
+    return re.sub(WRAPPERS, "", name)
+
+
+def without_convolution(x: Tensor) -> Tensor:
+    """Theirs cuts patches by a convolution (C, 3, p, p), ours multiplies them by a matrix."""
+    return x.flatten(1) if x.dim() == 4 else x
 
 
 # ---- config.json ----
@@ -192,14 +162,9 @@ def llama_config(where: str, data: dict) -> LlamaConfig:
     check_values(where, data, LLAMA_MUST)
     rope = part(where, data, "rope_parameters") or part(where, data, "rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f"{where}: RoPE scaling {kind!r:.80} is not supported; supported: default, "
-                        "llama3")
+    check_value(where, "RoPE scaling", kind, ["default", "llama3"])
     values = LLAMA_DEFAULTS | given(data, LLAMA_DEFAULTS) | given(rope, ["rope_theta"])
     if kind == "llama3":
-        missing = sorted(LLAMA3_ROPE - rope.keys())
-        if missing:
-            raise UserError(f"{where}: llama3 RoPE scaling lacks {', '.join(missing)}")
         values["rope_scaling"] = given(rope, LLAMA3_ROPE)
     values["num_key_value_heads"] = values["num_attention_heads"]
     values |= given(data, ["num_key_value_heads", "head_dim"])
@@ -209,39 +174,37 @@ def llama_config(where: str, data: dict) -> LlamaConfig:
     return read_typed(LlamaConfig, values, where)
 
 
-def vision_config(source: Source) -> tuple[VisionConfig, int]:
-    """The encoder as we run it, and its layers as published."""
-    data, where = source.config, source.where
-    in_llava = source.architecture in LLAVA
-    kind = "clip_vision_model" if in_llava else VISION[source.architecture].model_type
-    if in_llava or not kind.endswith("_vision_model"):       # the encoder is a part
+def vision_config(source: Source) -> tuple[VisionConfig, str]:
+    """The encoder as we run it, and a pattern of the tensors (bare names) that it leaves unused."""
+    where, data, kind = source.where, source.config, source.kind
+    if not kind.endswith("_vision_model"):                   # the encoder is a part
         data = part(where, data, "vision_config") | part(where, data, "vision_config_dict")
+    in_llava = kind == "llava"
     if in_llava:
         data = data or LLAVA_VISION
-        kind = str(data.get("model_type") or kind)
-        if kind not in VISION_STRATEGY:
-            raise UserError(f"{where}: a {kind} encoder is not supported; supported: "
-                            + ", ".join(VISION_STRATEGY))
-        key = "vision_feature_select_strategy"
-        strategy = source.config.get(key) or "default"
-        check_values(where, {key: strategy}, {key: VISION_STRATEGY[kind]})
+        kind = data.get("model_type") or "clip_vision_model"
+        check_value(where, "encoder", kind, list(VISION_STRATEGY))
+        strategy = source.config.get(STRATEGY) or "default"
+        check_value(where, STRATEGY, strategy, [VISION_STRATEGY[kind]])
     family = kind.removesuffix("_vision_model")
     values = ENCODERS[family]
     check_values(where, data, {"hidden_act": ACTIVATIONS[values["hidden_act"]], "num_channels": 3})
-    values = values | given(data, TOWER)
-    depth = read_typed(VisionConfig, values, where).num_hidden_layers
-    if family == "idefics2":
-        values["min_image_size"] = max(1, 378 * values["image_size"] // 980)
-    if family == "clip" or in_llava:                         # features of a layer by its number
-        layer = source.config.get("vision_feature_layer", -2)
-        if type(layer) is not int or not -depth <= layer <= depth or layer == 0:
-            raise UserError(f"{where}: vision_feature_layer {layer!r} is not one of {depth} layers")
-        layers = layer % (depth + 1)                         # -1 is the last
-        values |= dict(num_hidden_layers=layers, post_layernorm=layers == depth
-                       and data.get("tie_last_hidden_states") is True)
     preparation = optional_json(source.folder / "preprocessor_config.json")
-    values |= given(preparation, CLIP_COLOURS)
-    return read_typed(VisionConfig, values, where), depth
+    values = values | given(data, TOWER) | given(preparation, CLIP_COLOURS)
+    whole = read_typed(VisionConfig, values, where)
+    if family == "idefics2":
+        values["min_image_size"] = max(1, 378 * whole.image_size // 980)
+    unused = NOTHING
+    if family == "clip" or in_llava:                         # features of a layer by its number
+        depth, key = whole.num_hidden_layers, "vision_feature_layer"
+        layer = read_typed(int, source.config.get(key, -2), f"{where}: {key}",
+                           {"least": -depth, "most": depth})
+        layers = layer % (depth + 1)                         # -1 is the last
+        last_norm = layers == depth and data.get("tie_last_hidden_states") is True
+        values |= {"num_hidden_layers": layers, "post_layernorm": last_norm}
+        after = "|".join(map(str, range(layers, depth)))
+        unused = rf"encoder\.layers\.({after})\." + r"|post_layernorm\." * (not last_norm)
+    return read_typed(VisionConfig, values, where), unused
 
 
 def with_room_for(vision: VisionConfig, llama: LlamaConfig) -> LlamaConfig:
@@ -271,70 +234,55 @@ def given(data: dict, keys) -> dict:
 
 def check_values(where: str, data: dict, must: dict):
     for key, value in given(data, must).items():
-        if value != must[key]:
-            raise UserError(f"{where}: {key} {value!r:.80} is not supported; supported: "
-                            f"{must[key]!r}")
+        check_value(where, key, value, [must[key]])
 
 
-def optional_json(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}
+def check_value(where: str, key: str, value, known: list):
+    if value not in known:
+        raise UserError(f"{where}: {key} {value!r:.80} is not supported; supported: "
+                        + ", ".join(map(str, known)))
 
 
 # ---- tokenizer ----
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """With the end tokens and the BOS that the folder's configurations name."""
-    source = folder / "tokenizer.json"
-    if not source.exists():
-        if not (folder / "tokenizer.model").exists():
-            raise UserError(f"{quoted(folder)} has neither tokenizer.json nor tokenizer.model: "
-                            "download one of them")
+    source, about = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not source.exists() and (folder / "tokenizer.model").exists():
         source = _with_added_tokens(folder)
-    names = Tokenizer(source, eos_ids=(0,))                  # to look names of tokens up
-    path, bos = folder / "tokenizer_config.json", None
-    add_bos = read_typed(bool | None, optional_json(path).get("add_bos_token"), quoted(path))
-    if add_bos is not None:
-        bos = token_ids(folder, "bos_token", names)[:1] if add_bos else ()
-    return Tokenizer(source, token_ids(folder, "eos_token", names), bos)
+    add_bos = read_typed(bool | None, optional_json(about).get("add_bos_token"), quoted(about))
+    bos = named_tokens(folder, "bos_token") if add_bos else []
+    return Tokenizer(source, named_tokens(folder, "eos_token"), None if add_bos is None else bos)
 
 
-def token_ids(folder: Path, token: str, names: Tokenizer) -> tuple[int, ...]:
-    """What the first file that knows says of eos_token or bos_token, in ids that there are."""
-    key = token + "_id"
+def named_tokens(folder: Path, token: str) -> list[tuple[int | str | None, ...]]:
+    """What each file, the most believed first, says that eos_token or bos_token is."""
+    groups, key = [], token + "_id"
     for path in (folder / "generation_config.json", folder / "config.json"):
         where, data = quoted(path), optional_json(path)
-        value = data.get(key, part(where, data, "text_config").get(key))
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            ids = read_typed(tuple[int, ...], values, f"{where}: {key}")
-            known = tuple(i for i in ids if i < names.vocab_size)
-            if known:
-                return known
-    name = optional_json(folder / "tokenizer_config.json").get(token)
+        ids = (part(where, data, "text_config") | data).get(key)
+        ids = ids if isinstance(ids, list) else [ids]
+        groups.append(read_typed(tuple[int | None, ...], ids, f"{where}: {key}", {"least": 0}))
+    path = folder / "tokenizer_config.json"
+    name = optional_json(path).get(token)
     name = name.get("content") if isinstance(name, dict) else name
-    found = names.id_of(name) if isinstance(name, str) else None
-    return () if found is None else (found,)
+    return [*groups, (read_typed(str | None, name, f"{quoted(path)}: {token}"),)]
 
 
-def _with_added_tokens(folder: Path):
+def _with_added_tokens(folder: Path) -> tokenizers.Tokenizer:
     """tokenizer.model with what the files beside it add to it."""
     about = optional_json(folder / "tokenizer_config.json")
     more = optional_json(folder / "added_tokens.json")
     tokenizer = read_sentencepiece(folder / "tokenizer.model", about.get("legacy") is not False)
-    added = {}
     try:
         tokens = {str(i): {"content": text} for text, i in more.items()}
         tokens |= about.get("added_tokens_decoder", {})
-        for i, token in tokens.items():
-            added[int(i)] = AddedToken(token["content"], special=token.get("special", True),
-                                       normalized=False)
-    except (AttributeError, KeyError, TypeError, ValueError):
+        for i in sorted(tokens, key=int):
+            text, is_special = tokens[i]["content"], tokens[i].get("special", True)
+            tokenizer.add_tokens([AddedToken(text, special=is_special, normalized=False)])
+            if tokenizer.token_to_id(text) != int(i):
+                raise ValueError(f"{text!r} should be {i}, but follows on fewer ids")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{quoted(folder)}: tokenizer_config.json and added_tokens.json must give "
-                        "every added token's id and text") from None
-    for i in sorted(added):
-        token = added[i]
-        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
-        if tokenizer.token_to_id(token.content) != i:
-            raise UserError(f"{quoted(folder)}: the added token {token.content!r} should be id {i},"
-                            " but follows on fewer ids")
+                        f"every added token's id and text, without a gap ({error})") from None
     return tokenizer

@@ -13,10 +13,12 @@ rank. Llama's models have no character map; another's (nmt_nfkc) goes to `tokeni
 which reads some rows of combining marks differently.
 """
 
+import io
 import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -45,12 +47,15 @@ def read_sentencepiece(path: Path, prefix_everywhere: bool = True) -> tokenizers
             scores[text] = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
         model = dict(model)
         trainer = dict(_fields(model.get(2, b"")))
-        normalizer = dict(_fields(model.get(3, b"")))
+        spec = dict(_fields(model.get(3, b"")))
         if not 0 < len(scores) == len(pieces):               # none, or one of them twice
             raise ValueError
-    except (AttributeError, TypeError, IndexError, KeyError, ValueError, struct.error):
+    except (AttributeError, TypeError, LookupError, OverflowError, ValueError, struct.error):
         raise UserError(f"{quoted(path)} is no SentencePiece model, or is cut off") from None
-    _check(path, trainer, texts)
+    if trainer.get(3) != 2 or trainer.get(24) or texts[UNUSED] or not texts[UNKNOWN]:
+        raise UserError(f"{quoted(path)} is not supported: it must be a BPE model (no unigram, "
+                        "word or char one) that puts no spaces behind words, has a piece for the "
+                        "unknown and none that is unused")
 
     joined, special = texts[USER_DEFINED], texts[UNKNOWN] + texts[CONTROL]
     # ignore_merges: a stretch that is itself in the vocabulary is one token; for `joined` alone
@@ -58,10 +63,10 @@ def read_sentencepiece(path: Path, prefix_everywhere: bool = True) -> tokenizers
         {text: i for i, text in enumerate(scores)}, _merges(texts[NORMAL], scores),
         unk_token=texts[UNKNOWN][0], fuse_unk=True, byte_fallback=trainer.get(35) == 1,
         ignore_merges=bool(joined)))
-    prefix = normalizer.get(3, 1) == 1
-    tokenizer.normalizer = _normalizer(normalizer, prefix)
+    has_prefix = spec.get(3, 1) == 1
+    tokenizer.normalizer = _normalizer(spec, has_prefix)
     splits = []
-    if prefix and not prefix_everywhere:
+    if has_prefix and not prefix_everywhere:
         # Adds nothing, as the normalizer has put a space there; weights.Tokenizer reads "first".
         splits.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
     if joined:
@@ -73,36 +78,20 @@ def read_sentencepiece(path: Path, prefix_everywhere: bool = True) -> tokenizers
     if splits:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)
-                                  for text in special])
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * has_prefix)
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
     return tokenizer
 
 
-def _check(path: Path, trainer: dict, texts: dict[int, list[str]]):
-    kind = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}.get(trainer.get(3, 1), "other")
-    why = None
-    if kind != "BPE":
-        why = f"is a SentencePiece {kind} model; supported: BPE"
-    elif trainer.get(24):
-        why = "puts spaces behind words; supported: before words"
-    elif texts[UNUSED] or not texts[UNKNOWN]:
-        why = "has unused pieces, or none for the unknown; neither is supported"
-    if why:
-        raise UserError(f"{quoted(path)} {why}")
-
-
-def _normalizer(spec: dict, prefix: bool) -> normalizers.Normalizer:
+def _normalizer(spec: dict, has_prefix: bool) -> normalizers.Normalizer:
     space = SPACE if spec.get(5, 1) == 1 else " "
     steps = [normalizers.Precompiled(spec[2])] if spec.get(2) else []
     if spec.get(4, 1):
         steps.append(normalizers.Replace(Regex(rf"\A +|[ {space}]+\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
-    if prefix:
+    if has_prefix:
         steps.append(normalizers.Prepend(space))
-    if space != " ":
-        steps.append(normalizers.Replace(" ", space))
-    return normalizers.Sequence(steps)
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", space)])
 
 
 def _merges(texts: list[str], scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -115,24 +104,24 @@ def _merges(texts: list[str], scores: dict[str, float]) -> list[tuple[str, str]]
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Protobuf's wire format: field numbers and values. Raises IndexError where data is cut off."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        kind, value = key & 7, 0
-        if kind in (0, 2):
-            value, at = _varint(data, at)
+    stream = io.BytesIO(data)
+    while stream.tell() < len(data):
+        key = _varint(stream)
+        kind = key & 7
+        value = _varint(stream) if kind in (0, 2) else 0
         if kind != 0:
             size = {1: 8, 2: value, 5: 4}[kind]
-            value, at = data[at:at + size], at + size
-        if at > len(data):
-            raise IndexError
+            value = stream.read(size)
+            if len(value) < size:
+                raise IndexError
         yield key >> 3, value
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(stream: BinaryIO) -> int:
     value = shift = 0
     while True:
-        value |= (data[at] & 127) << shift
-        shift, at = shift + 7, at + 1
-        if data[at - 1] < 128:
-            return value, at
+        byte = stream.read(1)[0]
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value

@@ -3,7 +3,6 @@ time."""
 
 import json
 import math
-import pickle
 import re
 import struct
 import zipfile
@@ -37,37 +36,33 @@ class Lazy(NamedTuple):
 
 # ---- reading ----
 
-def read_weights(folder: Path, device: str = "cpu", unlisted: bool = False) -> dict[str, Tensor]:
-    """Every tensor of model*.safetensors or pytorch_model*.bin that the index lists, or without an
-    index all; unlisted: all that the files hold, in any case."""
+def read_weights(folder: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Every tensor of model*.safetensors or pytorch_model*.bin, mapped from the files."""
     for file, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
-        index, held = folder / (file + ".index.json"), {}
+        index = folder / (file + ".index.json")
         if index.exists():
-            listed = read_index(index)
-        elif (folder / file).exists():
-            listed = {}
-        else:
-            continue
-        for part in dict.fromkeys(listed.values()) or [file]:
-            held |= read(folder / part, device)
-        for name in listed:
-            if name not in held:
-                raise UserError(f"{quoted(index)} lists {name}, which no file holds")
-        names = sorted(listed, key=listed.get)               # file by file
-        return {name: held[name] for name in (held if unlisted else names or held)}
+            return read_shards(index, read, device)
+        if (folder / file).exists():
+            return read(folder / file, device)
     raise UserError(f"{quoted(folder)} has no weights: neither model.safetensors nor "
                     "pytorch_model.bin, nor an index of either")
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor -> its file. Raises UserError for an index that leaves its folder."""
-    listed = read_json(path).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise UserError(f"{quoted(path)}: weight_map must say in which file each tensor is")
-    for file in listed.values():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]*\w", file):
-            raise UserError(f"{quoted(path)}: {file!r} is not the name of a file in this folder")
-    return listed
+def read_shards(index: Path, read: Callable, device: str) -> dict[str, Tensor]:
+    """The files that an index names. They must lie beside it and hold what it lists, no more and
+    no less."""
+    listed, held = read_json(index).get("weight_map"), {}
+    if not isinstance(listed, dict):
+        raise UserError(f"{quoted(index)}: weight_map must say in which file each tensor is")
+    for file in sorted({str(file) for file in listed.values()}):
+        if not re.fullmatch(r"[\w.-]*\w", file):
+            raise UserError(f"{quoted(index)}: {file!r} is not the name of a file in this folder")
+        held |= read(index.with_name(file), device)
+    wrong = sorted(listed.keys() ^ held.keys())
+    if wrong:
+        raise UserError(f"{quoted(index)} and its files do not hold the same tensors: "
+                        + ", ".join(wrong[:10]))
+    return held
 
 
 def read_safetensors(path: Path, device: str) -> dict[str, Tensor]:
@@ -88,29 +83,23 @@ def read_bin(path: Path, device: str) -> dict[str, Tensor]:
         held = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
         if all(isinstance(x, Tensor) for x in held.values()):
             return {str(name): x for name, x in held.items()}
-        why = "holds something else than a table of tensors"
-    except pickle.UnpicklingError:
-        why = ("is refused: it is damaged or holds more than tensors, and a pickle that does can "
-               "run any code. Download it again, or get the safetensors")
     except Exception:                            # a damaged file of the old form raises anything
-        why = "is damaged or cut off; download it again"
-    raise UserError(f"{quoted(path)} {why}")
+        pass
+    raise UserError(f"{quoted(path)} is refused: it is damaged, cut off, or holds more than "
+                    "tensors, and a pickle that does can run any code. Download it again, or get "
+                    "the safetensors")
 
 
 def check_tensors(where, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]):
     """Raises one UserError that names what is missing, unexpected, or of another shape."""
-    right = {name: tuple(x.shape) for name, x in expected.items()}
-    shapes = {name: tuple(x.shape) for name, x in found.items()}
-    problems = {
-        "missing": [name for name in right if name not in shapes],
-        "unexpected": [name for name in shapes if name not in right],
-        "of another shape": [f"{name} is {shapes[name]}, not {right[name]}" for name in right
-                             if shapes.get(name, right[name]) != right[name]]}
-    lines = []
-    for what, names in problems.items():
-        if names:
-            more = ", ..." if len(names) > 10 else ""
-            lines.append(f"{len(names)} {what}: {', '.join(names[:10])}{more}")
+    right, held = ({name: tuple(x.shape) for name, x in side.items()} for side in (expected, found))
+    wrong = {
+        "missing": [name for name in right if name not in held],
+        "unexpected": [name for name in held if name not in right],
+        "of another shape": [f"{name} is {held[name]}, not {shape}" for name, shape in right.items()
+                             if held.get(name, shape) != shape]}
+    lines = [f"{len(names)} {what}: {', '.join(names[:10])}"
+             for what, names in wrong.items() if names]
     if lines:
         raise UserError(f"{quoted(where)}: the tensors do not fit the configuration. "
                         + "; ".join(lines))
@@ -118,41 +107,39 @@ def check_tensors(where, expected: Mapping[str, Tensor], found: Mapping[str, Ten
 
 # ---- writing ----
 
-def write_weights(folder: Path, tensors: Mapping[str, Tensor | Lazy], progress: bool):
-    """Shards and their index, as transformers names them."""
-    shards, size, weight_map = [{}], 0, {}
-    for name, x in tensors.items():
-        if shards[-1] and size + x.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = x
-        size += x.nbytes
-    with tqdm(total=len(tensors), unit="tensor", disable=None if progress else True) as bar:
-        for number, shard in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write_shard(folder / file, shard, bar)
-            weight_map |= dict.fromkeys(shard, file)
-    total = sum(x.nbytes for x in tensors.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor | Lazy], bar: tqdm):
-    """The safetensors format: header size (8 bytes), JSON header padded to 8 bytes, the numbers.
-    The library's own writer would hold all of them."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+def write_weights(folder: Path, tensors: Mapping[str, Tensor | Lazy]):
+    """Shards and their index, as transformers names them. A file of the safetensors format is the
+    header's size (8 bytes), a JSON header padded to 8 bytes, and the numbers; the library's own
+    writer would hold all of a file's tensors."""
+    headers, end = [], 0
     for name, x in tensors.items():
         start, end = end, end + x.nbytes
-        header[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape),
-                        "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for x in tensors.values():
-            x = x.load() if isinstance(x, Lazy) else x
-            file.write(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            bar.update()
+        if not headers or end > SHARD_BYTES:
+            headers.append({})
+            start, end = 0, x.nbytes
+        headers[-1][name] = {"dtype": DTYPES[x.dtype], "shape": x.shape,
+                             "data_offsets": [start, end]}
+    weight_map, bar = {}, tqdm(total=len(tensors), unit="tensor", leave=False, disable=None)
+    for number, header in enumerate(headers, 1):
+        file = f"model-{number:05d}-of-{len(headers):05d}.safetensors"
+        text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for name in header:
+                x = tensors[name]
+                x = x.load() if isinstance(x, Lazy) else x.detach()
+                out.write(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                bar.update()
+                weight_map[name] = file
+    bar.close()
+    size = sum(x.nbytes for x in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def write_json(path: Path, data: dict):
     path.write_text(json.dumps(data, indent=2), encoding="utf-8")
+
+
+def optional_json(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}

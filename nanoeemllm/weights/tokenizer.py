@@ -1,8 +1,8 @@
 """A tokenizer's file, and text from ids as they come."""
 
 import contextlib
-import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,43 +14,55 @@ from nanoeemllm.prompt import TEMPLATES, template_named
 
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>")        # the first that a tokenizer has is its own
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "<|im_end|>")
+Groups = Iterable[Iterable[int | str | None]]     # of tokens, by id or name, most believed first
 
 
 class Tokenizer:
     """A `tokenizers` tokenizer that reads special tokens in a text as text, and streams whole
     characters."""
 
-    def __init__(self, source: str | Path | tokenizers.Tokenizer, eos_ids: Iterable[int] = (),
-                 bos_ids: Iterable[int] | None = None):
-        """source: a tokenizer.json or a tokenizer. eos_ids, bos_ids: what the checkpoint says ends
-        and begins a text; without, known names are looked for. Raises UserError for a file that is
+    def __init__(self, source: str | Path | tokenizers.Tokenizer, eos: Groups = (),
+                 bos: Groups | None = None):
+        """source: a tokenizer.json or a tokenizer. eos, bos: what the checkpoint says ends and
+        begins a text; without, known names are looked for. Raises UserError for a file that is
         neither there nor a tokenizer that works."""
-        where, text = "the tokenizer", None
-        if not isinstance(source, tokenizers.Tokenizer):
-            where = quoted(source)
-            with open_regular(source) as file:
-                text = file.read()
+        is_file = not isinstance(source, tokenizers.Tokenizer)
+        where = quoted(source) if is_file else "the tokenizer"
         with _library_errors(f"{where} is not a tokenizer that works"), _silent_stderr():
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(text) if text is not None else source
-            self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
-        if self.vocab_size > 2 ** 20:               # the library writes it out id by id
-            raise UserError(f"{where} has a token of id {self.vocab_size - 1}, over 2^20")
-        with _library_errors(f"{where} is not a tokenizer that works"), _silent_stderr():
-            self._inner, self.prefix_after_special = _without_prefix(self._tokenizer)
+            if is_file:
+                with open_regular(source) as file:
+                    source = tokenizers.Tokenizer.from_buffer(file.read())
+            self.vocab_size: int = max(source.get_vocab().values()) + 1
+            if self.vocab_size > 2 ** 20:           # the library writes it out id by id
+                raise UserError(f"{where} has a token of id {self.vocab_size - 1}, over 2^20")
+            # Whether text behind a special token gets a dummy space, too: it is Metaspace's scheme
+            # "first" ("legacy": false) that puts none there.
+            text = source.to_str()
+            self.prefix_after_special = '"prepend_scheme":"first"' not in text
+            bare = re.sub('"prepend_scheme":"[a-z]+"', '"prepend_scheme":"never"', text)
+            bare = without_prepend(bare)
+            self._tokenizer = source
+            self._inner = source if bare == text else tokenizers.Tokenizer.from_str(bare)
             for part in (self._tokenizer, self._inner):
                 part.no_truncation()                # published files bring such settings along
                 part.no_padding()
                 part.encode_special_tokens = True   # "</s>" in a user's text is four characters
                 part.decode(part.encode("a \u00e9\n", add_special_tokens=False).ids)
-        self.eos_ids: tuple[int, ...] = tuple(eos_ids) or self._first_of(EOS_NAMES)
-        bos_ids = self._first_of(BOS_NAMES) if bos_ids is None else bos_ids
-        self.bos_id: int | None = next(iter(bos_ids), None)
+        self.eos_ids = self._first_known([*eos, *zip(EOS_NAMES)])
         if not self.eos_ids:
             raise UserError(f"{where} has none of the end tokens {', '.join(EOS_NAMES)}, and its "
                             "checkpoint names no other")
+        bos_ids = self._first_known(zip(BOS_NAMES) if bos is None else bos)
+        self.bos_id: int | None = bos_ids[0] if bos_ids else None
 
-    def _first_of(self, names: Iterable[str]) -> tuple[int, ...]:
-        return tuple(self.id_of(name) for name in names if self.id_of(name) is not None)[:1]
+    def _first_known(self, groups: Groups) -> tuple[int, ...]:
+        """The ids of the first group of which the vocabulary has any."""
+        for group in groups:
+            ids = [self.id_of(token) if isinstance(token, str) else token for token in group]
+            known = tuple(i for i in ids if i is not None and i < self.vocab_size)
+            if known:
+                return known
+        return ()
 
     @property
     def eos_id(self) -> int:
@@ -71,31 +83,27 @@ class Tokenizer:
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields the text of ids as they come, never half a character; joined, the pieces are
         decode(ids)."""
-        before, new = [], []
+        window, new, said = [], 0, ""    # the last piece's ids and the new ones; the last piece
         for i in ids:
-            new.append(i)
-            piece = self._continue(before, new)
+            window.append(i)
+            new += 1
+            text = self.decode(window)   # a piece needs the one before to place spaces rightly
             # U+FFFD: the bytes so far end inside a character
-            if piece and not piece.endswith("\ufffd"):
-                yield piece
-                before, new = new, []
-        if new:
-            yield self._continue(before, new)
-
-    def _continue(self, before: list[int], new: list[int]) -> str:
-        """Text of new where it follows before, which the decoder needs to place spaces rightly."""
-        start, whole = self.decode(before), self.decode(before + new)
-        if whole.startswith(start):
-            return whole[len(start):]
-        return self.decode(new)                 # bytes that make no character
+            if len(text) > len(said) and not text.endswith("\ufffd"):
+                yield text[len(said):]
+                window, new = window[-new:], 0
+                said = self.decode(window)
+        rest = self.decode(window)[len(said):]
+        if rest:
+            yield rest
 
     def special_id(self, name: str) -> int:
-        """Id of a template's special token. Raises UserError where the tokenizer has none of that
-        name."""
-        if self.id_of(name) is None:
+        """Id of a template's special token. Raises UserError where there is none of that name."""
+        token = self.id_of(name)
+        if token is None:
             raise UserError(f"the tokenizer has no token {name}: choose another chat template "
                             f"({', '.join(TEMPLATES)})")
-        return self.id_of(name)
+        return token
 
     def end_id(self, template: str) -> int:
         """The token that ends what the assistant says. Generation stops at it and at the
@@ -121,28 +129,33 @@ def _library_errors(what: str):
     """A panic in the library is a BaseException, of a class that it does not export."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{what}: {why:.200}") from None
+        raise UserError(f"{what}: {error!r:.200}") from None
 
 
 @contextlib.contextmanager
 def _silent_stderr():
     """While a tokenizer is tried: a panic writes lines of its own to file 2 first."""
     try:
-        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        kept = os.dup(2)
     except OSError:                             # it is closed
         yield
         return
-    os.dup2(nowhere, 2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     try:
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)
+
+
+def without_prepend(text: str) -> str:
+    """A tokenizer, written out by the library, without the normalizer that puts a dummy space."""
+    nothing = '{"type":"Sequence","normalizers":[]}'
+    return re.sub(r'\{"type":"Prepend","prepend":"[^"]*"\}', nothing, text)
 
 
 def stream_text(tokenizer, ids: Iterable[int], stop_strings: tuple[str, ...] = ()) -> Iterator[str]:
@@ -163,27 +176,3 @@ def stream_text(tokenizer, ids: Iterable[int], stop_strings: tuple[str, ...] = (
         held = held[known:]
     if held:
         yield held
-
-
-def _without_prefix(tokenizer: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, bool]:
-    """A copy that puts no dummy space before a text; and whether text behind a special token gets
-    one. It comes from a Prepend normalizer or from Metaspace, whose scheme "first" means: not
-    behind a special token ("legacy": false)."""
-    text = tokenizer.to_str()
-    if "Prepend" not in text and "Metaspace" not in text:
-        return tokenizer, True
-    data, schemes = without_prepend(json.loads(text)), []
-    splitter = data["pre_tokenizer"] or {}
-    for part in splitter.get("pretokenizers", [splitter]):
-        if part.get("type") == "Metaspace":
-            schemes.append(part["prepend_scheme"])
-            part["prepend_scheme"] = "never"
-    return tokenizers.Tokenizer.from_str(json.dumps(data)), "first" not in schemes
-
-
-def without_prepend(data: dict) -> dict:
-    """A tokenizer.json without the normalizer that puts the dummy space."""
-    normalizer = data["normalizer"] or {"normalizers": []}
-    steps = [step for step in normalizer.get("normalizers", [normalizer])
-             if step["type"] != "Prepend"]
-    return data | {"normalizer": {"type": "Sequence", "normalizers": steps}}
