@@ -27,9 +27,10 @@ from nanoeemllm.config import UserError
 from nanoeemllm.data.images import load_image
 from nanoeemllm.evaluation.attention_map import draw_attention
 from nanoeemllm.evaluation.load import add_model_flags, load_model
+from nanoeemllm.evaluation.questions import answers
 from nanoeemllm.generate import Sampling
 from nanoeemllm.paths import from_args, layer_numbers
-from nanoeemllm.prompt import IMAGE_TEXT, TEMPLATES, encode_prompt
+from nanoeemllm.prompt import IMAGE_TEXT, encode_prompt
 from nanoeemllm.weights.tokenizer import stream_text
 from nanoeemllm.weights.folder import read_config
 
@@ -37,7 +38,6 @@ DEFAULT_PROMPT = "describe the picture thing by thing."     # the tiny world's; 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ASSETS = Path(nanoeemllm.__file__).parent / "assets"
 MODELS = (Path("out"), Path(__file__).parent / "out")       # where a model is looked for, in turn
-BATCH = 16                                                  # pictures that --jsonl asks at once
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,8 +48,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="a picture; give it again for more")
     add("--prompt", type=utf8, action="append", default=[],
         help=f'what to ask; give it again for more ("{DEFAULT_PROMPT}")')
-    add("--chat-template", choices=[name for name in TEMPLATES if name != "plain"],
-        help="how a conversation is written down (the model's own)")
     add("--attention-layers", type=layer_numbers, metavar="A-B", help="layers it draws (all)")
     add("--stats", action="store_true", help="time to first token, tokens/s, memory, on stderr")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -91,10 +89,7 @@ def main(argv: list[str] | None = None):
     if args.jsonl:
         return answer_each(model, args)
     session = Session(model, args, list(map(load_image, args.image)))
-    if args.chat:
-        chat(session)
-    else:
-        answer(session)
+    (chat if args.chat else answer)(session)
 
 
 def check(args):
@@ -110,9 +105,9 @@ def check(args):
              "--jsonl answers for each picture: name pictures or a folder of them with --image"),
             (args.attention_layers and not file,
              "--attention-layers says what --attention draws: give it a file"),
-            (file and not args.image,
-             "--attention shows where the model looks in a picture: name one with --image"),
-            (file and len(args.prompt) > 1, "--attention draws one answer: give one --prompt"),
+            (file and (not args.image or len(args.prompt) > 1),
+             "--attention shows where the model looks in a picture: name one with --image, and "
+             "give one --prompt"),
             (file and (file.is_dir() or not file.parent.is_dir()),
              f"--attention {file}: give a file in a folder that exists")):
         if is_wrong:
@@ -164,10 +159,7 @@ def open_model(args):
     if args.weights is None:
         raise UserError("no trained model under out/: make one with `python train.py`, or name a "
                         "folder with --weights")
-    model = load_model(args, from_args(args, read_config(args.weights)))
-    if args.chat_template:
-        model.config = dataclasses.replace(model.config, chat_template=args.chat_template)
-    return model
+    return load_model(args, from_args(args, read_config(args.weights)))
 
 
 class Session:
@@ -197,7 +189,7 @@ class Session:
         text, tokens, times = "", [], [time.perf_counter()]
         placed = place_images(prompt, len(self.images) - self.placed)
         turns = [*self.turns, {"from": "human", "value": placed}]
-        ids = encode(self.model, turns)
+        ids = encode_prompt(self.model.tokenizer, turns, self.model.config.chat_template)
 
         def generate() -> Iterator[int]:
             for token in self.model.generate(ids, **self.encoded(), **self.args.options):
@@ -233,10 +225,6 @@ def print_stats(model, times: list[float]):
 
 
 # ---- three ways to ask ----
-
-def encode(model, turns: str | list[dict]) -> list[int]:
-    return encode_prompt(model.tokenizer, turns, model.config.chat_template)
-
 
 def place_images(prompt: str, images: int) -> str:
     """The prompt with an <image> for every image: where it says, or else in front."""
@@ -295,30 +283,24 @@ def questions(prompts: list[str]) -> Iterator[str]:
 
 
 def answer_each(model, args):
-    """BATCH pictures at a time, with every prompt each."""
-    prompts, broken = args.prompt or [DEFAULT_PROMPT], 0
-    ids = [encode(model, place_images(prompt, 1)) for prompt in prompts]
-    for first in range(0, len(args.image), BATCH):
-        images = {}
-        for file in map(str, args.image[first:first + BATCH]):
-            try:
-                images[file] = load_image(file)
-            except UserError as error:
-                broken += 1
-                print(json.dumps({"image": file, "error": str(error)}), flush=True)
-        if not images:
-            continue
-        (kind, encoded), = Session(model, args, list(images.values())).encoded().items()
-        each = {kind: [[image] for image in encoded for _ in prompts]}
-        answers = iter(model.generate_batch(ids * len(images), **each, **args.options))
-        for file in images:
-            for prompt, tokens in zip(prompts, answers):
-                text = "".join(stream_text(model.tokenizer, tokens, args.stop))
-                print(json.dumps({"image": file, "prompt": prompt, "answer": text.strip()}),
-                      flush=True)
-    if broken:
-        raise UserError(f"{broken} of {len(args.image)} pictures could not be read; their lines "
-                        "say why")
+    """Every prompt about every picture, as a benchmark's rows are asked: together."""
+    asked = [(str(file), prompt) for file in args.image
+             for prompt in args.prompt or [DEFAULT_PROMPT]]
+    rows = ({"image_path": [file], "question": place_images(prompt, 1), "answer": "unknown"}
+            for file, prompt in asked)
+    bad = 0
+    for record in answers(model, rows, "exact", **args.options):
+        file, prompt = asked[record["row"] - 1]
+        if "bad" in record:
+            bad, line = bad + 1, {"error": record["bad"]}
+        else:
+            text = record["prediction"]
+            for stop in args.stop:
+                text, _, _ = text.partition(stop)
+            line = {"prompt": prompt, "answer": text.strip()}
+        print(json.dumps({"image": file, **line}), flush=True)
+    if bad:
+        raise UserError(f"{bad} of {len(asked)} questions could not be asked; their lines say why")
 
 
 if __name__ == "__main__":

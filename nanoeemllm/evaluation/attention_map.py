@@ -10,14 +10,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from nanoeemllm.attention import Keys, Visibility, attention_reference, compute, use_attention
 from nanoeemllm.border.files import write_aside
 from nanoeemllm.config import UserError, VisionConfig
-from nanoeemllm.data.images import patch_grid, prepare_image
+from nanoeemllm.data.images import patch_grid
 from nanoeemllm.layout import build_layout
 
 SIDE, GAP, LABEL = 168, 10, 22          # pixels: an image's longer side, between images, a label
@@ -99,13 +98,11 @@ def draw_attention(file: Path, model, ids: list[int], images: list, answer: list
 
 
 def as_seen(image: Image.Image, vision: VisionConfig) -> tuple[Image.Image, tuple[int, int]]:
-    """The image that the encoder gets, its longer side SIDE pixels; and its grid of patches."""
-    patches, (h, w) = prepare_image(image, vision)
-    p = vision.patch_size
-    pixels = F.fold(patches.T, (h * p, w * p), p, stride=p).permute(1, 2, 0)
-    pixels = pixels * torch.tensor(vision.image_std) + torch.tensor(vision.image_mean)
-    seen = Image.fromarray((255 * pixels).round().clamp(0, 255).byte().numpy())
-    return seen.resize((w * SIDE // max(h, w), h * SIDE // max(h, w))), (h, w)
+    """The image in the shape that the encoder gets, its longer side SIDE pixels; and its grid of
+    patches."""
+    h, w = patch_grid(image, vision)
+    size = w * SIDE // max(h, w), h * SIDE // max(h, w)
+    return ImageOps.pad(image, size) if vision.resize == "pad" else image.resize(size), (h, w)
 
 
 def heated(image: Image.Image, grid: tuple[int, int], heat: Tensor) -> Image.Image:

@@ -22,13 +22,10 @@ FORMULAS = "Handwritten Mathematical Expression Recognition"       # a category 
 def grade(metric: str, prediction: str, row: dict) -> tuple[str | None, float]:
     """(what was read, None if nothing could be; score). row: "answer" a list of references, the
     options' texts under their letters, "category"."""
-    references, options = row["answer"], options_of(row)
-    if metric in YES_NO:
-        read = read_yes_no(prediction)
-        return read, float(read == references[0].strip().lower())
-    if metric in CHOICE and options:
-        read = read_choice(prediction, options)
-        return read, float(read == references[0].strip())
+    references, options = row["answer"], options_of(metric, row)
+    if options:
+        read = read_yes_no(prediction) if metric in YES_NO else read_choice(prediction, options)
+        return read, float((read or "").lower() == references[0].strip().lower())
     if metric == "vqa":
         return prediction, vqa_accuracy(prediction, references)
     score, _ = METRICS[metric]
@@ -37,9 +34,13 @@ def grade(metric: str, prediction: str, row: dict) -> tuple[str | None, float]:
     return prediction, float(max(score(prediction, reference) for reference in references))
 
 
-def options_of(row: dict) -> dict[str, str]:
-    """letter -> text; an empty cell is no option."""
-    return {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
+def options_of(metric: str, row: dict) -> dict[str, str]:
+    """What may be answered: letter -> text, where an empty cell is no option; or yes and no. None:
+    anything."""
+    if metric in YES_NO:
+        return {"yes": "yes", "no": "no"}
+    letters = string.ascii_uppercase if metric in CHOICE else ""
+    return {letter: row[letter] for letter in letters if row.get(letter)}
 
 
 # ---- reading an answer ----
