@@ -94,7 +94,6 @@ def main(argv: list[str] | None = None):
 
 def check(args):
     """Refuses what can be refused before the model is loaded."""
-    file = args.attention
     for is_wrong, message in (
             (not all(map(str.strip, args.prompt)), "--prompt is empty: ask something"),
             (not (args.prompt or args.image or args.chat),
@@ -103,13 +102,11 @@ def check(args):
              "--stats times one answer after another: leave --jsonl out"),
             (args.jsonl and not args.image,
              "--jsonl answers for each picture: name pictures or a folder of them with --image"),
-            (args.attention_layers and not file,
+            (args.attention_layers and not args.attention,
              "--attention-layers says what --attention draws: give it a file"),
-            (file and (not args.image or len(args.prompt) > 1),
+            (args.attention and (not args.image or len(args.prompt) > 1),
              "--attention shows where the model looks in a picture: name one with --image, and "
-             "give one --prompt"),
-            (file and (file.is_dir() or not file.parent.is_dir()),
-             f"--attention {file}: give a file in a folder that exists")):
+             "give one --prompt")):
         if is_wrong:
             raise UserError(message)
 

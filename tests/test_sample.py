@@ -92,7 +92,7 @@ def test_the_command_of_the_readme(place):
     (["--prompt", "hi", "--max-new-tokens", "600"], "and 600 new ones do not fit the model's context of 512"),
     (["--prompt", "<image> <image> hi", "--image", "0.png"], r"holds 2 <image> but 1 picture\(s\)"),
     (["--prompt", "hi", "--attention", "map.png"], "--attention shows where the model looks in a picture: name one"),
-    (["--image", "0.png", "--attention", "no/map.png"], "give a file in a folder that exists"), (["--image", "0.png", "--attention", "album"], "give a file"),
+    (["--image", "0.png", "--attention", "no/map.png"], "cannot write no/map.png: No such file"), (["--image", "0.png", "--attention", "album"], "cannot write album: it is there and is not a regular file"),
     (["--image", "0.png", "--attention", "map.png", "--attention-layers", "x"], "give layers as in"),
     (["--image", "0.png", "--attention", "map.png", "--attention-layers", "1-9"], "2 layers look at the picture"),
     (["--image", "0.png", "--attention", "map.png", "--chat"], "--chat: not allowed with argument --attention"),
