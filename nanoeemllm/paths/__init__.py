@@ -17,8 +17,8 @@ one, write a file like these and `register` its class: nothing else knows a path
 import argparse
 import dataclasses
 import re
+from collections.abc import Callable
 
-from nanoeemllm.border.command import positive
 from nanoeemllm.config import ModelConfig, UserError, VisualPath
 
 PATHS: dict[str, type[VisualPath]] = {}
@@ -60,9 +60,8 @@ def add_flags(parser):
     add("--visual-path", choices=PATHS, help="default: the model's own")
     for name, f in flags():
         about = f.metadata
-        number = positive(int, or_zero=about["least"] == 0, most=about["most"])
-        add(flag_of(f), type=about.get("parse", number), metavar=about["metavar"],
-            help=f"{name}: {about['help']}")
+        add(flag_of(f), type=about.get("parse") or number(about["least"], about["most"]),
+            metavar=about["metavar"], help=f"{name}: {about['help']}")
 
 
 def flags() -> list[tuple[str, dataclasses.Field]]:
@@ -87,6 +86,15 @@ def from_args(args, base: ModelConfig) -> VisualPath:
                             f"{path.name}: add --visual-path {owner}")
         given |= {} if value is None else {f.name: value}
     return path.with_settings(given)
+
+
+def number(least: int, most: int) -> Callable[[str], int]:
+    """A parser of whole numbers. (border/ has one, too, and builds on this package.)"""
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r:.80} is not from {least} to {most}")
+        return int(text)
+    return parse
 
 
 def layer_numbers(text: str) -> tuple[int, ...]:
