@@ -10,16 +10,15 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import re
-import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 import nanoeemllm
 from nanoeemllm.border.command import Parser, positive, run_command
@@ -28,9 +27,10 @@ from nanoeemllm.config import UserError
 from nanoeemllm.data.images import load_image
 from nanoeemllm.evaluation.attention_map import draw_attention
 from nanoeemllm.evaluation.load import add_model_flags, load_model
+from nanoeemllm.evaluation.questions import answers
 from nanoeemllm.generate import Sampling
-from nanoeemllm.paths import from_args
-from nanoeemllm.prompt import IMAGE_TEXT, TEMPLATES, encode_prompt
+from nanoeemllm.paths import from_args, layer_numbers
+from nanoeemllm.prompt import IMAGE_TEXT, encode_prompt
 from nanoeemllm.weights.tokenizer import stream_text
 from nanoeemllm.weights.folder import read_config
 
@@ -38,7 +38,6 @@ DEFAULT_PROMPT = "describe the picture thing by thing."     # the tiny world's; 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ASSETS = Path(nanoeemllm.__file__).parent / "assets"
 MODELS = (Path("out"), Path(__file__).parent / "out")       # where a model is looked for, in turn
-BATCH = 16                                                  # pictures that --jsonl asks at once
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,9 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="a picture; give it again for more")
     add("--prompt", type=utf8, action="append", default=[],
         help=f'what to ask; give it again for more ("{DEFAULT_PROMPT}")')
-    add("--chat-template", choices=[name for name in TEMPLATES if name != "plain"],
-        help="how a conversation is written down (the model's own)")
-    add("--attention-layers", type=layers, metavar="A-B", help="layers it draws (all)")
+    add("--attention-layers", type=layer_numbers, metavar="A-B", help="layers it draws (all)")
     add("--stats", action="store_true", help="time to first token, tokens/s, memory, on stderr")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--chat", action="store_true", help="read questions from stdin, remember the conversation")
@@ -62,13 +59,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stop", type=utf8, action="append", default=[], metavar="TEXT",
         help="end the answer before this text")
     add("--seed", type=positive(int, or_zero=True, most=2 ** 31), default=0)
-    for name, default, text in (
-            ("temperature", 0.0, "0 takes the likeliest token (0)"),
-            ("top-k", 0, "sample from the k likeliest tokens (0: all)"),
-            ("top-p", 1.0, "from the likeliest that reach probability p (1)"),
-            ("min-p", 0.0, "from those with at least p times the likeliest's probability (0)"),
-            ("repetition-penalty", 1.0, "over 1 repeats less (1)")):
-        add("--" + name, type=type(default), default=default, help=text)
+    for name, text in (
+            ("temperature", "0 takes the likeliest token (0)"),
+            ("top_k", "sample from the k likeliest tokens (0: all)"),
+            ("top_p", "from the likeliest that reach probability p (1)"),
+            ("min_p", "from those with at least p times the likeliest's probability (0)"),
+            ("repetition_penalty", "over 1 repeats less (1)")):
+        default = getattr(Sampling, name)
+        add("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
     return parser.parse_args(argv)
 
 
@@ -78,16 +76,6 @@ def utf8(text: str) -> str:
         return os.fsencode(text).decode()
     except UnicodeError:
         raise UserError(f"{text!r} is not UTF-8 text") from None
-
-
-def layers(text: str) -> slice:
-    """"8-15", "8-" or "8"""
-    first, dash, last = text.partition("-")
-    try:
-        return slice(int(first), int(last or first) + 1 if last or not dash else None)
-    except ValueError:
-        raise UserError(f"--attention-layers {text!r}: give a layer or a range, as in "
-                        "8-15") from None
 
 
 def main(argv: list[str] | None = None):
@@ -101,54 +89,44 @@ def main(argv: list[str] | None = None):
     if args.jsonl:
         return answer_each(model, args)
     session = Session(model, args, list(map(load_image, args.image)))
-    if args.chat:
-        chat(session)
-    else:
-        answer(session)
+    (chat if args.chat else answer)(session)
 
 
 def check(args):
     """Refuses what can be refused before the model is loaded."""
-    file = args.attention
     for is_wrong, message in (
             (not all(map(str.strip, args.prompt)), "--prompt is empty: ask something"),
             (not (args.prompt or args.image or args.chat),
              "nothing to answer: name a picture with --image, or ask something with --prompt"),
             (args.stats and args.jsonl,
              "--stats times one answer after another: leave --jsonl out"),
-            (args.chat and sys.stdin is None,
-             "--chat reads questions from stdin, which is closed: ask with --prompt instead"),
             (args.jsonl and not args.image,
              "--jsonl answers for each picture: name pictures or a folder of them with --image"),
-            (args.attention_layers and not file,
+            (args.attention_layers and not args.attention,
              "--attention-layers says what --attention draws: give it a file"),
-            (file and not args.image,
-             "--attention shows where the model looks in a picture: name one with --image"),
-            (file and len(args.prompt) > 1, "--attention draws one answer: give one --prompt"),
-            (file and (file.is_dir() or not file.parent.is_dir()),
-             f"--attention {file}: give a file in a folder that exists")):
+            (args.attention and (not args.image or len(args.prompt) > 1),
+             "--attention shows where the model looks in a picture: name one with --image, and "
+             "give one --prompt")):
         if is_wrong:
             raise UserError(message)
 
 
 def pictures(named: list[Path], search: bool) -> list[Path]:
     """The files that --image names; search: of a folder, those that it holds."""
-    files, seen = [], set()
+    files = []
     for file in named:
-        if not os.path.isdir(file):
-            files.append(example(file))
-        elif not search:
-            raise UserError(f"{quoted(file)} is a folder: add --jsonl for a line of JSON a picture")
-        else:
+        found = [example(file)]
+        if os.path.isdir(file):
             found = sorted(inner for inner in file.iterdir() if inner.suffix.lower() in PICTURES)
-            if not found:
-                raise UserError(f"{quoted(file)}: no pictures in this folder "
-                                f"({', '.join(PICTURES)})")
-            files += found
-    for file in map(os.path.realpath, files):
-        if file in seen:
+            if not search:
+                raise UserError(f"{quoted(file)} is a folder: add --jsonl for a line of JSON a "
+                                "picture")
+        if not found:
+            raise UserError(f"{quoted(file)}: no pictures in this folder ({', '.join(PICTURES)})")
+        files += found
+    for file, times in Counter(map(os.path.realpath, files)).items():
+        if times > 1:
             raise UserError(f"{quoted(file)}: this picture is named twice; name it once")
-        seen.add(file)
     return files
 
 
@@ -178,19 +156,21 @@ def open_model(args):
     if args.weights is None:
         raise UserError("no trained model under out/: make one with `python train.py`, or name a "
                         "folder with --weights")
-    model = load_model(args, from_args(args, read_config(args.weights)))
-    if args.chat_template:
-        model.config = dataclasses.replace(model.config, chat_template=args.chat_template)
-    return model
+    return load_model(args, from_args(args, read_config(args.weights)))
 
 
 class Session:
-    """A model and the images that it is asked about. Where the visual path allows it, an image is
-    encoded once for all questions."""
+    """A conversation about images. Where the visual path allows it, an image is encoded once for
+    all questions."""
 
     def __init__(self, model, args, images: list):
         self.model, self.args, self.images = model, args, images
         self.image_kv = []                                  # of the first of the images
+        self.forget()
+
+    def forget(self):
+        """The next question is the first, and about all images."""
+        self.turns, self.placed = [], 0                     # placed: images that stand in the turns
 
     def encoded(self) -> dict:
         """The images as arguments of model.generate."""
@@ -200,10 +180,13 @@ class Session:
             self.image_kv += self.model.encode_images(new)
         return {"image_kv": self.image_kv}
 
-    def answer(self, ids: list[int]) -> tuple[str, list[int]]:
-        """Prints an answer as it is generated -> its text and tokens. Ctrl-C ends the answer; in a
-        chat the program goes on."""
+    def ask(self, prompt: str) -> tuple[list[int], list[int]]:
+        """Prints an answer as it is generated -> ids of the question with all before it, and of the
+        answer. Ctrl-C ends the answer; in a chat the program goes on."""
         text, tokens, times = "", [], [time.perf_counter()]
+        placed = place_images(prompt, len(self.images) - self.placed)
+        turns = [*self.turns, {"from": "human", "value": placed}]
+        ids = encode_prompt(self.model.tokenizer, turns, self.model.config.chat_template)
 
         def generate() -> Iterator[int]:
             for token in self.model.generate(ids, **self.encoded(), **self.args.options):
@@ -221,26 +204,24 @@ class Session:
             if not self.args.chat:
                 raise
         if self.args.stats and tokens:
-            begin, first, *_ = times
-            rate = (len(tokens) - 1) / max(times[-1] - first, 1e-9)
-            print(f"first token after {first - begin:.3f} s, {rate:.1f} tokens/s after it, "
-                  f"{len(tokens)} tokens, {peak_memory()}", file=sys.stderr)
-        return text, tokens
+            print_stats(self.model, times)
+        said = {"from": "gpt", "value": text.replace(IMAGE_TEXT, "").strip()}
+        self.turns, self.placed = [*turns, said], len(self.images)
+        return ids, tokens
 
 
-def peak_memory() -> str:
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory at most"
-    unit = 1 if sys.platform == "darwin" else 1024          # of ru_maxrss
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"{peak / 1e9:.2f} GB of memory at most"
+def print_stats(model, times: list[float]):
+    """times: when the question was asked, and when each token was there."""
+    from nanoeemllm.training.step import memory_gb
+    begin, first, *_ = times
+    tokens = len(times) - 1
+    print(f"first token after {first - begin:.3f} s, "
+          f"{(tokens - 1) / max(times[-1] - first, 1e-9):.1f} tokens/s after it, {tokens} tokens, "
+          f"{memory_gb(model.device):.2f} GB of {model.device.type} memory at most",
+          file=sys.stderr)
 
 
 # ---- three ways to ask ----
-
-def encode(model, turns: str | list[dict]) -> list[int]:
-    return encode_prompt(model.tokenizer, turns, model.config.chat_template)
-
 
 def place_images(prompt: str, images: int) -> str:
     """The prompt with an <image> for every image: where it says, or else in front."""
@@ -252,79 +233,71 @@ def place_images(prompt: str, images: int) -> str:
 
 
 def answer(session: Session):
-    model, args, images = session.model, session.args, session.images
+    args = session.args
     for prompt in args.prompt or [DEFAULT_PROMPT]:
         if len(args.prompt) > 1:
             print(f"> {prompt}")
-        ids = encode(model, place_images(prompt, len(images)))
-        _, tokens = session.answer(ids)
+        ids, tokens = session.ask(prompt)
+        session.forget()
     if args.attention and tokens:
-        draw_attention(args.attention, model, ids, images, tokens,
-                       args.attention_layers or slice(None))
+        draw_attention(args.attention, session.model, ids, session.images, tokens,
+                       args.attention_layers)
 
 
 def chat(session: Session):
     """Questions of --prompt first, then a line of stdin a question. An error ends the question."""
-    turns, placed, line = [], 0, None                       # placed: images that stand in the turns
+    line = None
     for line in questions(session.args.prompt):
         command, _, rest = line.partition(" ")
         try:
             if command == "/reset":
-                session, turns, placed = Session(session.model, session.args, []), [], 0
+                session = Session(session.model, session.args, [])
             elif command == "/image":
                 session.images.append(load_image(example(Path(rest.strip()).expanduser())))
             elif line.startswith("/"):
                 raise UserError(f"{command} is not known; known: /image FILE, /reset, and Ctrl-D "
                                 "to end")
             elif line:
-                text = place_images(line, len(session.images) - placed)
-                asked = {"from": "human", "value": text}
-                said, _ = session.answer(encode(session.model, [*turns, asked]))
-                turns += [asked, {"from": "gpt", "value": said.replace(IMAGE_TEXT, "").strip()}]
-                placed = len(session.images)
+                session.ask(line)
         except UserError as error:
             if not line.startswith("/"):                    # or the next question would fail, too
-                del session.images[placed:], session.image_kv[placed:]
+                del session.images[session.placed:], session.image_kv[session.placed:]
             print(f"error: {error}", file=sys.stderr)
     if line is None:
-        raise UserError("--chat reads questions from stdin, which is at its end: ask with --prompt")
+        raise UserError("--chat reads questions from stdin, which is closed or at its end: ask "
+                        "with --prompt")
 
 
 def questions(prompts: list[str]) -> Iterator[str]:
     yield from prompts
-    typed = sys.stdin.isatty()
-    while True:
-        try:
-            yield os.fsencode(input("> " if typed else "").strip()).decode(errors="replace")
-        except UnicodeDecodeError:
-            print("error: a line that is not UTF-8 text", file=sys.stderr)
-        except EOFError:
-            print(end="\n" if typed else "")
-            return
+    lines = sys.stdin.buffer if sys.stdin else io.BytesIO()
+    invitation = "> " if lines.isatty() else ""
+    print(invitation, end="", flush=True)
+    while line := lines.readline():
+        yield line.decode(errors="replace").strip()
+        print(invitation, end="", flush=True)
+    print(end="\n" if invitation else "")
 
 
 def answer_each(model, args):
-    """BATCH pictures at a time, with every prompt each."""
-    prompts, broken = args.prompt or [DEFAULT_PROMPT], 0
-    ids = [encode(model, place_images(prompt, 1)) for prompt in prompts]
-    for first in range(0, len(args.image), BATCH):
-        asked, images = [], []
-        for file in map(str, args.image[first:first + BATCH]):
-            try:
-                images.append(load_image(file))
-                asked += [{"image": file, "prompt": prompt} for prompt in prompts]
-            except UserError as error:
-                broken += 1
-                print(json.dumps({"image": file, "error": str(error)}), flush=True)
-        (kind, encoded), = Session(model, args, images).encoded().items()
-        each = {kind: [[image] for image in encoded for _ in prompts]}
-        answers = model.generate_batch(ids * len(images), **each, **args.options) if asked else []
-        for line, tokens in zip(asked, answers):
-            text = "".join(stream_text(model.tokenizer, tokens, args.stop))
-            print(json.dumps(line | {"answer": text.strip()}), flush=True)
-    if broken:
-        raise UserError(f"{broken} of {len(args.image)} pictures could not be read; their lines "
-                        "say why")
+    """Every prompt about every picture, as a benchmark's rows are asked: together."""
+    asked = [(str(file), prompt) for file in args.image
+             for prompt in args.prompt or [DEFAULT_PROMPT]]
+    rows = ({"image_path": [file], "question": place_images(prompt, 1), "answer": "unknown"}
+            for file, prompt in asked)
+    bad = 0
+    for record in answers(model, rows, "exact", **args.options):
+        file, prompt = asked[record["row"] - 1]
+        if "bad" in record:
+            bad, line = bad + 1, {"error": record["bad"]}
+        else:
+            text = record["prediction"]
+            for stop in args.stop:
+                text, _, _ = text.partition(stop)
+            line = {"prompt": prompt, "answer": text.strip()}
+        print(json.dumps({"image": file, **line}), flush=True)
+    if bad:
+        raise UserError(f"{bad} of {len(asked)} questions could not be asked; their lines say why")
 
 
 if __name__ == "__main__":

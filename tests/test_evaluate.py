@@ -225,8 +225,8 @@ def test_bad_rows_are_named_counted_and_left_out(tmp_path):
 def test_bad_rows_of_the_other_kinds():
     row = {"image": picture(), "question": "q", "answer": "perhaps", "index": "x"}
     model = FakeModel(lambda text, images: "yes")
-    for metric, answer, reason in (("mme", "perhaps", "neither yes nor no"),
-                                   ("hallusion", "Yes", "_set_figure_question"), ("circular", "A", "no whole number")):
+    for metric, answer, reason in (("mme", "perhaps", "none of the options yes, no"),
+                                   ("hallusion", "Yes", "_set_figure_question"), ("circular", "A", "not a whole number")):
         record, = answers(model, [row | {"answer": answer, "A": "red"}], metric)
         assert reason in record["bad"]
 
@@ -404,7 +404,7 @@ def test_columns_called_row_and_bad_change_nothing(tmp_path, weights, capsys):
 def test_a_byte_order_mark_before_a_quoted_header(tmp_path):
     tsv = write_tsv(tmp_path / "t.tsv", COLUMNS, [[0, encoded(), "Which?", "red", "blue", "", "A", "hue"]], csv.QUOTE_ALL)
     tsv.write_bytes(b"\xef\xbb\xbf" + tsv.read_bytes())
-    assert TSV(tsv, quiet=True)[0]["answer"] == "A"
+    assert TSV(tsv)[0]["answer"] == "A"
 
 
 # ---- what comes from outside ----

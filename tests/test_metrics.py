@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanoeemllm.evaluation.metrics import (anls, circular, exact_match, grade, hallusion,
+from nanoeemllm.evaluation.metrics import (anls, exact_match, grade,
                                            holds_formula, holds_text, levenshtein, mme_totals,
                                            normalize_vqa, open_match, pope, read_choice,
                                            read_yes_no, relaxed_match, summarize, vqa_accuracy)
@@ -116,7 +116,7 @@ def test_circular():
     # question 7 right three times of three; question 8 once wrong; question 9 asked once although it has two options
     rows = records(1, 1, 1, 1, 0, 1, 1,
                    index=["7", "1000007", "2000007", "8", "1000008", "2000008", "9"], options=[3, 3, 3, 3, 3, 3, 2])
-    assert circular(rows) == {"accuracy": pytest.approx(200 / 3), "questions": 3, "rows": 7, "cut": 1}
+    assert summarize("circular", rows)["overall"] == {"accuracy": pytest.approx(200 / 3), "questions": 3, "rows": 7, "cut": 1}
 
 
 def test_mme():
@@ -134,17 +134,17 @@ def test_hallusion():
     # set 1: figure 0 questions 0, 1; figure 1 questions 0, 1.   one wrong: figure 1, question 1
     rows = records(1, 1, 1, 0, index=[f"VD_chart_1_1_{figure}_{question}" for figure in (0, 1) for question in (0, 1)],
                    **{"l2-category": ["chart"] * 4})
-    assert hallusion(rows) == {"aAcc": 75, "fAcc": 50, "qAcc": 50, "rows": 4}
+    assert summarize("hallusion", rows)["overall"] == {"aAcc": 75, "fAcc": 50, "qAcc": 50, "rows": 4}
 
 
 def test_pope():
     # truth yes yes yes no no no; said yes yes no yes no (unread): 2 hits, 3 said yes, 3 are yes
     rows = [{"answer": [answer], "read": read, "score": float(read == answer.lower()), "category": "random,popular"}
             for answer, read in zip(["Yes"] * 3 + ["No"] * 3, ["yes", "yes", "no", "yes", "no", None])]
-    numbers = pope(rows)
+    result = summarize("pope", rows)
+    numbers = result["category"]["popular"]
     assert numbers == {"F1": pytest.approx(200 / 3), "accuracy": 50, "precision": pytest.approx(200 / 3),
                        "recall": pytest.approx(200 / 3), "rows": 6}
-    result = summarize("pope", rows)
     assert result["rows"] == 6 and result["unread"] == 1                 # each row once
     assert result["overall"]["rows"] == 12                               # and once for each kind that it stands for
     assert set(result["category"]) == {"random", "popular"} and result["category"]["random"] == numbers

@@ -65,6 +65,10 @@ def run(place, monkeypatch, capfd):
     return run
 
 
+def typed(text: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(text.encode()))
+
+
 def script(place, *flags, **how) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(SCRIPT), *flags], cwd=place, capture_output=True, text=True, timeout=60, **how)
 
@@ -88,9 +92,9 @@ def test_the_command_of_the_readme(place):
     (["--prompt", "hi", "--max-new-tokens", "600"], "and 600 new ones do not fit the model's context of 512"),
     (["--prompt", "<image> <image> hi", "--image", "0.png"], r"holds 2 <image> but 1 picture\(s\)"),
     (["--prompt", "hi", "--attention", "map.png"], "--attention shows where the model looks in a picture: name one"),
-    (["--image", "0.png", "--attention", "no/map.png"], "give a file in a folder that exists"), (["--image", "0.png", "--attention", "album"], "give a file"),
-    (["--image", "0.png", "--attention", "map.png", "--attention-layers", "x"], "give a layer or a range"),
-    (["--image", "0.png", "--attention", "map.png", "--attention-layers", "9-"], "2 layers look at the picture"),
+    (["--image", "0.png", "--attention", "no/map.png"], "cannot write no/map.png: No such file"), (["--image", "0.png", "--attention", "album"], "cannot write album: it is there and is not a regular file"),
+    (["--image", "0.png", "--attention", "map.png", "--attention-layers", "x"], "give layers as in"),
+    (["--image", "0.png", "--attention", "map.png", "--attention-layers", "1-9"], "2 layers look at the picture"),
     (["--image", "0.png", "--attention", "map.png", "--chat"], "--chat: not allowed with argument --attention"),
     (["--prompt", "hi", "--weights", "nowhere"], "nowhere/config.json: no such file"),
     (["--image", "0.png", "--weights", "out/text"], "this model has no image encoder"),
@@ -145,7 +149,7 @@ def test_an_example_picture_by_its_name(place, run, monkeypatch, capfd):
     assert (got.returncode, got.stdout) == (0, expected)
     assert got.stderr == f"cat.png is no file here: taking the example {cat}\n"
     assert run("--image", "cat.png", "--jsonl")[0].count("answer") == 1
-    monkeypatch.setattr(sys, "stdin", io.StringIO("/image cat.png\nwhat is it?\n"))
+    monkeypatch.setattr(sys, "stdin", typed("/image cat.png\nwhat is it?\n"))
     assert "taking the example" in run("--chat")[1]
     for name in ("no/cat.png", "dog.png"):
         with pytest.raises(UserError, match="no such file"):
@@ -174,13 +178,13 @@ def test_a_folder_gives_a_line_of_json_a_picture(run, place):
         (f"{n}.png", p) for n in range(3) for p in ("what is it?", "is there a cat?")]
     assert lines[2]["answer"] == run("--image", "album/1.png", "--prompt", "what is it?")[0].strip()
     got = script(place, "--image", "0.png", "--image", "broken.png", "--jsonl", "--max-new-tokens", "3")
-    assert got.returncode == 2 and got.stderr.startswith("error: 1 of 2 pictures could not be read")
+    assert got.returncode == 2 and got.stderr.startswith("error: 1 of 2 questions could not be asked")
     assert {"image", "error"} in [set(json.loads(line)) for line in got.stdout.splitlines()]
 
 
 def test_chat_remembers_until_reset(run, monkeypatch):
     def chat(text, *flags):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        monkeypatch.setattr(sys, "stdin", typed(text))
         out, errors = run("--chat", "--image", "0.png", *flags)
         return out.splitlines(), errors.splitlines()
 
@@ -192,7 +196,7 @@ def test_chat_remembers_until_reset(run, monkeypatch):
                       "error: /nonsense is not known; known: /image FILE, /reset, and Ctrl-D to end"]
     assert chat("", "--prompt", asked)[0] == [fresh]
     assert "do not fit" in chat(f"{asked}\n" * 2, "--max-new-tokens", "300")[1][-1]
-    with pytest.raises(UserError, match="stdin, which is at its end"):
+    with pytest.raises(UserError, match="stdin, which is closed or at its end"):
         chat("")
 
 
@@ -235,7 +239,7 @@ def test_the_map_shows_every_word(run, place):
 
 def test_a_question_that_cannot_be_asked_takes_its_pictures_with_it(run, monkeypatch):
     lines = ["/image 0.png"] * 30 + ["what is it?", "is there a cat?"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    monkeypatch.setattr(sys, "stdin", typed("\n".join(lines)))
     out, errors = run("--chat")
     assert "do not fit the model's context" in errors and errors.count("error:") == 1 and len(out.splitlines()) == 1
 

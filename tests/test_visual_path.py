@@ -290,7 +290,7 @@ def test_yopo_caches_the_heads_it_keeps_and_nothing_from_l_cut_on():
     ids, layout, V = random_layout(0)
     cache = KVCache(decoder.config, layout, 1, torch.float64)
     decoder(ids, seeded(V, 32), layout, cache)
-    assert [tuple(k.shape) for k in cache.k_visual] == [(V, 4, 8), (V, 1, 8), (0, 0, 8)]
+    assert [tuple(k.shape) for k in cache.k_visual] == [(V, 4, 8), (V, 1, 8), (V, 0, 8)]
 
 
 def test_what_a_path_leaves_out_is_not_computed():

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nanoeemllm.border.command import Parser, from_environment, positive, run_command
 from nanoeemllm.border.files import quoted, write_aside
-from nanoeemllm.config import UserError
+from nanoeemllm.config import ModelConfig, UserError, VisualPath
 from nanoeemllm.evaluation.benchmark import TSV, detect, read_answers, write_answers
 from nanoeemllm.evaluation.load import add_model_flags, load_model
 from nanoeemllm.evaluation.metrics import GROUPS, METRICS, summarize
@@ -49,11 +49,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None):
     args = parse(argv)
     config = read_config(args.weights)
-    if config.vision is None:
-        raise UserError(f"{quoted(args.weights)} has no image encoder: give another model")
     path = from_args(args, config)
     rank, world = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
-    tsv = TSV(args.tsv, args.limit, args.images, quiet=rank > 0)
+    tsv = TSV(args.tsv, args.limit, args.images)
     if not len(tsv):
         raise UserError(f"{quoted(args.tsv)} has no rows under its first line")
     metric = args.metric or detect(args.tsv.stem, tsv.columns)
@@ -67,7 +65,19 @@ def main(argv: list[str] | None = None):
     folder = args.out or args.weights / "eval" / name
     if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    answer_rows(args, tsv, path, settings, folder, rank, world)
+
+    done = read_answers(folder, settings)
+    # what was bad may be mended by now
+    todo = [i for i in range(len(tsv)) if "bad" in done.get(i + 1, {"bad": ""})]
+    if done and rank == 0:
+        print(f"{len(tsv) - len(todo)} of {len(tsv)} rows are answered in {folder} already")
+    todo = [i for i in todo if i % world == rank]
+    if todo:
+        records = answers(load_model(args, path), map(tsv.__getitem__, todo), metric,
+                          args.max_new_tokens, args.batch_tokens)
+        records = write_answers(folder / f"predictions-{rank}.jsonl", settings, records)
+        for _ in tqdm(records, f"{args.tsv.stem} ({metric})", len(todo), disable=rank > 0 or None):
+            pass
     if world > 1:
         dist.barrier()                                # until all have answered
         dist.destroy_process_group()
@@ -77,29 +87,10 @@ def main(argv: list[str] | None = None):
         report(args.tsv.name, records, settings, folder / "results.json")
 
 
-def answer_rows(args, tsv: TSV, path, settings: dict, folder: Path, rank: int, world: int):
-    """Asks what is not answered in the folder, of each world-th row. What other processes write
-    meanwhile is about other rows."""
-    done = read_answers(folder, settings)
-    # what was bad may be mended by now
-    todo = [i for i in range(len(tsv)) if "bad" in done.get(i + 1, {"bad": ""})]
-    if done and rank == 0:
-        print(f"{len(tsv) - len(todo)} of {len(tsv)} rows are answered in {folder} already")
-    todo = [i for i in todo if i % world == rank]
-    if not todo:
-        return
-    model, metric = load_model(args, path), settings["metric"]
-    records = answers(model, map(tsv.__getitem__, todo), metric, args.max_new_tokens,
-                      args.batch_tokens)
-    records = write_answers(folder / f"predictions-{rank}.jsonl", settings, records)
-    for _ in tqdm(records, f"{args.tsv.stem} ({metric})", len(todo), disable=rank > 0 or None):
-        pass
-
-
-def calibrate(args, config, path, tsv: TSV, metric: str):
+def calibrate(args, config: ModelConfig, path: VisualPath, tsv: TSV, metric: str):
     """Has the visual path choose what it prunes on these rows, and writes that to the model."""
-    as_path = path.calibrated_as or config.visual_path.name
-    model = load_model(args, config.path_named(as_path))
+    own = config.visual_path.name
+    model = load_model(args, config.path_named(path.calibrated_as or own))
 
     def prompts() -> Iterator[tuple[list[int], list]]:
         rows = tqdm(map(tsv.__getitem__, range(len(tsv))), "calibration", len(tsv), disable=None)
@@ -110,11 +101,9 @@ def calibrate(args, config, path, tsv: TSV, metric: str):
                 yield question.ids, question.images
 
     path, lines = path.calibrate(model, prompts())
-    if path.name == config.visual_path.name:
-        config = dataclasses.replace(config, visual_path=path)
-    else:                                             # the model stays what it is
-        others = {other.name: other for other in (*config.other_paths, path)}
-        config = dataclasses.replace(config, other_paths=tuple(others.values()))
+    others = {other.name: other for other in (*config.other_paths, path) if other.name != own}
+    config = dataclasses.replace(config, other_paths=tuple(others.values()),
+                                 visual_path=path if path.name == own else config.visual_path)
     file = args.weights / "config.json"
     write_aside(file, json.dumps(config.to_dict(), indent=2).encode())
     print(*lines, f"written to {file}", sep="\n")

@@ -10,14 +10,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from nanoeemllm.attention import Keys, attention_reference, compute, use_attention
+from nanoeemllm.attention import Keys, Visibility, attention_reference, compute, use_attention
 from nanoeemllm.border.files import write_aside
 from nanoeemllm.config import UserError, VisionConfig
-from nanoeemllm.data.images import prepare_image
+from nanoeemllm.data.images import patch_grid
 from nanoeemllm.layout import build_layout
 
 SIDE, GAP, LABEL = 168, 10, 22          # pixels: an image's longer side, between images, a label
@@ -28,19 +27,19 @@ def attention_to_images(model, ids: list[int], images: list, answer: list[int]) 
     """(layers that see images, answer tokens, V): what each token of the answer paid to each visual
     token."""
     read, layers = ids + answer[:-1], []
-    grids = [prepare_image(image, model.config.vision)[1] for image in images]
+    grids = [patch_grid(image, model.config.vision) for image in images]
     _, layout = build_layout([read], [grids])
     layout, T = layout.to(model.device), layout.num_text
     text, visual = layout.position.long().split([T, layout.num_visual])
 
-    def record(q, keys, sees):
-        asked = q, keys, sees
+    def record(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
+        out = compute(q, keys, sees)
         if len(q) == len(layout.position):       # LLaVA's rows of both kinds, merged by position
-            k, v = keys.k_text, keys.v_text
-            asked = q[text], Keys(k[visual], v[visual], k[text], v[text]), layout.text_queries
-        if len(asked[0]) == T and asked[2].visual.max_length:
-            layers.append(weights_of_visual(*asked)[T - len(answer):].cpu())
-        return compute(q, keys, sees)
+            k, sees = keys.k_text, layout.text_queries
+            q, keys = q[text], Keys(k[visual], k[visual], k[text], k[text])
+        if len(q) == T and sees.visual.max_length:
+            layers.append(weights_of_visual(q, keys, sees)[T - len(answer):].cpu())
+        return out
 
     with use_attention(record):
         model.logits(read, images)
@@ -48,7 +47,7 @@ def attention_to_images(model, ids: list[int], images: list, answer: list[int]) 
     return torch.stack(layers) / model.config.llama.num_attention_heads
 
 
-def weights_of_visual(q: Tensor, keys: Keys, sees) -> Tensor:
+def weights_of_visual(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
     """(N, V): attention weights of all query rows on all visual keys, summed over heads.
 
     Attention is a mean of values: of values that are 1 at one key, its result is that key's weight.
@@ -76,15 +75,17 @@ def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:
 
 
 def draw_attention(file: Path, model, ids: list[int], images: list, answer: list[int],
-                   layers: slice):
+                   layers: tuple[int, ...] | None):
     """Writes a PNG: the images as the model sees them, then for each word the same under its heat,
     labelled with the share of its attention that the images got. layers: of those that see
-    images."""
-    attention = attention_to_images(model, ids, images, answer)
-    if not len(attention[layers]):
-        raise UserError(f"--attention-layers: {len(attention)} layers look at the picture, "
-                        "numbered from 0; none is among those asked for")
-    heat = attention[layers].mean(0)                                            # (tokens, V)
+    images; None: all."""
+    heat = attention_to_images(model, ids, images, answer)
+    if layers is not None:
+        if max(layers) >= len(heat):
+            raise UserError(f"--attention-layers: {len(heat)} layers look at the picture, numbered "
+                            "from 0")
+        heat = heat[list(layers)]
+    heat = heat.mean(0)                                                         # (tokens, V)
     seen, grids = zip(*(as_seen(image, model.config.vision) for image in images))
     panels = [("as the model sees it", seen)]
     for word, numbers in words_of(model.tokenizer, answer):
@@ -97,13 +98,11 @@ def draw_attention(file: Path, model, ids: list[int], images: list, answer: list
 
 
 def as_seen(image: Image.Image, vision: VisionConfig) -> tuple[Image.Image, tuple[int, int]]:
-    """The image that the encoder gets, its longer side SIDE pixels; and its grid of patches."""
-    patches, (h, w) = prepare_image(image, vision)
-    p = vision.patch_size
-    pixels = F.fold(patches.T, (h * p, w * p), p, stride=p).permute(1, 2, 0)
-    pixels = pixels * torch.tensor(vision.image_std) + torch.tensor(vision.image_mean)
-    seen = Image.fromarray((255 * pixels).round().clamp(0, 255).byte().numpy())
-    return seen.resize((w * SIDE // max(h, w), h * SIDE // max(h, w))), (h, w)
+    """The image in the shape that the encoder gets, its longer side SIDE pixels; and its grid of
+    patches."""
+    h, w = patch_grid(image, vision)
+    size = w * SIDE // max(h, w), h * SIDE // max(h, w)
+    return ImageOps.pad(image, size) if vision.resize == "pad" else image.resize(size), (h, w)
 
 
 def heated(image: Image.Image, grid: tuple[int, int], heat: Tensor) -> Image.Image:

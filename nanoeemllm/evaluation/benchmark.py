@@ -13,8 +13,6 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nanoeemllm.border.files import open_regular, quoted, within
 from nanoeemllm.config import UserError
 from nanoeemllm.evaluation.metrics import GROUPS, summarize
@@ -41,12 +39,11 @@ class TSV:
     """Row i as a dictionary of its cells, read from the file when it is asked for; of a broken row
     "bad" says why. One pass at the start notes where each row begins, and its index."""
 
-    def __init__(self, path: Path, limit: int | None = None, images: Path | None = None,
-                 quiet: bool = False):
+    def __init__(self, path: Path, limit: int | None = None, images: Path | None = None):
         """limit: the first rows alone. images: the folder of image_path, by default the file's."""
         csv.field_size_limit(MAX_CELL)
         self.path, self.images = path, images or path.parent
-        self.offsets, self.index = [], []
+        self.rows = []                                # where each begins, and its index
         self.first = {}                               # index -> the first row that has it
         records = self._records(0)
         _, self.columns = next(records, (0, []))
@@ -56,42 +53,37 @@ class TSV:
         if missing:
             raise UserError(f"{quoted(path)}: no column {', '.join(missing)}; its first line holds "
                             f"{', '.join(self.columns)[:200] or 'nothing'}")
-        rows = itertools.islice(records, limit)
-        for offset, cells in tqdm(rows, "reading", leave=False, disable=quiet or None):
+        for offset, cells in itertools.islice(records, limit):
             index = dict(zip(self.columns, cells)).get("index", "").strip()
             self.first.setdefault(index, len(self))
-            self.offsets.append(offset)
-            self.index.append(index)
+            self.rows.append((offset, index))
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.rows)
 
     def __getitem__(self, i: int) -> dict:
-        ours = {"row": i + 1, "index": self.index[i]}
+        _, index = self.rows[i]
+        ours, first = {"row": i + 1, "index": index}, self.first[index]
         try:
-            return self._complete(i, self._cells(i)) | ours
+            cells = self._cells(i)
+            if first != i:
+                raise UserError(f"index {index} is that of row {first + 1} too")
+            image = cells.get("image", "").strip()
+            if 0 < len(image) <= REFERENCE:
+                holder = self._cells(self.first[image]) if image in self.first else {}
+                cells["image"] = holder.get("image", "")
+                if len(cells["image"]) <= REFERENCE:
+                    raise UserError(f"its picture is that of index {image}, which holds none")
+            if cells.get("image_path"):
+                names = as_list(cells["image_path"])
+                cells["image_path"] = [within(self.images, name) for name in names]
         except UserError as error:
             return ours | {"bad": str(error)}
-
-    def _complete(self, i: int, cells: dict) -> dict:
-        """The cells with the image that they refer to, and its paths."""
-        first = self.first[self.index[i]]
-        if first != i:
-            raise UserError(f"index {self.index[i]} is that of row {first + 1} too")
-        image = cells.get("image", "").strip()
-        if 0 < len(image) <= REFERENCE:
-            holder = self._cells(self.first[image]) if image in self.first else {}
-            cells["image"] = holder.get("image", "")
-            if len(cells["image"]) <= REFERENCE:
-                raise UserError(f"its picture is that of index {image}, which holds none")
-        if cells.get("image_path"):
-            names = as_list(cells["image_path"])
-            cells["image_path"] = [within(self.images, name) for name in names]
         cells.pop("bad", None)                        # a column of that name is not ours
-        return cells
+        return cells | ours
 
     def _cells(self, i: int) -> dict:
-        _, cells = next(self._records(self.offsets[i]))
+        _, cells = next(self._records(self.rows[i][0]))
         if len(cells) != len(self.columns):
             raise UserError(f"{len(cells)} cells under {len(self.columns)} columns")
         if re.search("[\udc80-\udcff]", "".join(cells)):
@@ -102,13 +94,13 @@ class TSV:
         """(where it begins, cells) of every record from offset on. Quoted cells may hold newlines
         and tabs."""
         with open_regular(self.path) as file:
-            start = file.seek(offset)
+            file.seek(offset)
             lines = iter(lambda: file.readline(MAX_CELL), b"")
             # utf-8-sig: the first line may begin with a byte order mark
             reader = csv.reader((line.decode("utf-8-sig", "surrogateescape") for line in lines),
                                 delimiter="\t")
-            cells = []
-            while cells is not None:
+            while True:
+                start = file.tell()
                 try:
                     cells = next(reader, None)
                 except csv.Error as error:
@@ -117,9 +109,10 @@ class TSV:
                                         f"is over {MAX_CELL >> 20} MB long: is a quote opened "
                                         "there that is never closed?") from None
                     cells = [f"({error})"]            # a stray carriage return
+                if cells is None:
+                    return
                 if cells:
                     yield start, cells
-                start = file.tell()
 
 
 def as_list(text: str) -> list[str]:
@@ -147,7 +140,7 @@ def read_answers(folder: Path, settings: dict) -> dict[int, dict]:
                        for key, value in settings.items() if before.get(key) != value]
             for record in found:
                 check_record(record, before.get("metric"))
-                if "bad" in records.get(record["row"], {"bad": ""}):
+                if "bad" in records.setdefault(record["row"], record):
                     records[record["row"]] = record
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise UserError(f"{quoted(path)} is damaged ({error}): remove it, its rows will be "
@@ -160,12 +153,13 @@ def read_answers(folder: Path, settings: dict) -> dict[int, dict]:
 
 def check_record(record: dict, metric: str):
     """Raises what read_answers expects unless the record can be scored and shown."""
-    texts = [record["index"], record["bad" if "bad" in record else "prediction"]]
+    answered = "bad" not in record
+    texts = [record["index"], record["prediction" if answered else "bad"]]
     texts += [record.get(key, "") for key in ("picture", *GROUPS)]
     "".join(texts + record.get("answer", []))         # TypeError where one is no text
     if type(record["row"]) is not int or not 0 <= record.get("score", 0) <= 1:
         raise ValueError("its row or its score is no such number")
-    if "bad" not in record:
+    if answered:
         summarize(metric, [record])
 
 

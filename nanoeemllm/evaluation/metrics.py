@@ -22,24 +22,25 @@ FORMULAS = "Handwritten Mathematical Expression Recognition"       # a category 
 def grade(metric: str, prediction: str, row: dict) -> tuple[str | None, float]:
     """(what was read, None if nothing could be; score). row: "answer" a list of references, the
     options' texts under their letters, "category"."""
-    references, options = row["answer"], options_of(row)
-    if metric in YES_NO:
-        read = read_yes_no(prediction)
-        return read, float(read == references[0].strip().lower())
-    if metric in CHOICE and options:
-        read = read_choice(prediction, options)
-        return read, float(read == references[0].strip())
+    references, options = row["answer"], options_of(metric, row)
+    if options:
+        read = read_yes_no(prediction) if metric in YES_NO else read_choice(prediction, options)
+        return read, float((read or "").lower() == references[0].strip().lower())
     if metric == "vqa":
         return prediction, vqa_accuracy(prediction, references)
-    score, _ = METRICS[metric]
+    score, _, _ = METRICS[metric]
     if metric == "ocrbench" and row.get("category") == FORMULAS:
         score = holds_formula
     return prediction, float(max(score(prediction, reference) for reference in references))
 
 
-def options_of(row: dict) -> dict[str, str]:
-    """letter -> text; an empty cell is no option."""
-    return {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
+def options_of(metric: str, row: dict) -> dict[str, str]:
+    """What may be answered: letter -> text, where an empty cell is no option; or yes and no. None:
+    anything."""
+    if metric in YES_NO:
+        return {"yes": "yes", "no": "no"}
+    letters = string.ascii_uppercase if metric in CHOICE else ""
+    return {letter: row[letter] for letter in letters if row.get(letter)}
 
 
 # ---- reading an answer ----
@@ -208,13 +209,19 @@ def summarize(metric: str, records: list[dict]) -> dict:
     if metric == "pope":               # a row stands for every kind of negative that it is used in
         scored = [r | {"category": kind.strip()} for r in scored
                   for kind in r.get("category", "").split(",")]
-    _, numbers = METRICS[metric]
-    result["overall"] = mme_totals(scored) if metric == "mme" else numbers(scored)
+    _, mean, more = METRICS[metric]
+    result["overall"] = numbers(scored, mean, mme_totals if metric == "mme" else more)
     for column in GROUPS:
         groups = group_by(lambda r: r[column], [r for r in scored if r.get(column)])
         if len(groups) > 1 or column != "split" and groups:
-            result[column] = {name: numbers(groups[name]) for name in sorted(groups)}
+            result[column] = {name: numbers(groups[name], mean, more) for name in sorted(groups)}
     return result
+
+
+def numbers(records: list[dict], mean: str, more: Callable | None) -> dict[str, float]:
+    """name -> value: the mean score, under its name, and more. What is more may replace it."""
+    found = {} if more is None else more(records)
+    return {mean: percent(r["score"] for r in records), **found, "rows": len(records)}
 
 
 def group_by(key: Callable, records: Iterable[dict]) -> dict:
@@ -234,10 +241,6 @@ def all_right(groups: Iterable[list[dict]]) -> float:
     return percent(all(r["score"] == 1 for r in group) for group in groups)
 
 
-def accuracy(records: list[dict]) -> dict[str, float]:
-    return {"accuracy": percent(r["score"] for r in records), "rows": len(records)}
-
-
 def circular(records: list[dict]) -> dict[str, float]:
     """CircularEval (MMBench, Liu et al. 2023): a question counts if it is answered rightly in every
     order of its options. The rows of a question are index, index + 1,000,000, ...
@@ -246,8 +249,7 @@ def circular(records: list[dict]) -> dict[str, float]:
     """
     questions = group_by(lambda r: int(r["index"]) % 1_000_000, records).values()
     cut = sum(len(asked) < asked[0].get("options", 1) for asked in questions)
-    return {"accuracy": all_right(questions), "questions": len(questions), "rows": len(records),
-            "cut": cut}
+    return {"accuracy": all_right(questions), "questions": len(questions), "cut": cut}
 
 
 MME = {"perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene",
@@ -261,8 +263,7 @@ def mme(records: list[dict]) -> dict[str, float]:
     questions plus accuracy+ over pictures, both of whose two questions must be right."""
     pictures = group_by(lambda r: r["picture"], records).values()
     plus = all_right(asked for asked in pictures if len(asked) > 1)
-    right = percent(r["score"] for r in records)
-    return {"score": right + plus, "accuracy": right, "accuracy+": plus, "rows": len(records)}
+    return {"score": percent(r["score"] for r in records) + plus, "accuracy+": plus}
 
 
 def mme_totals(records: list[dict]) -> dict[str, float]:
@@ -270,7 +271,7 @@ def mme_totals(records: list[dict]) -> dict[str, float]:
     groups = group_by(lambda r: r.get("category", "").lower(), records)
     totals = {kind: sum(mme(groups[name])["score"] for name in names)
               for kind, names in MME.items()}
-    return {"total": sum(totals.values()), **totals, **accuracy(records)}
+    return {"total": sum(totals.values()), **totals}
 
 
 def hallusion(records: list[dict]) -> dict[str, float]:
@@ -282,29 +283,27 @@ def hallusion(records: list[dict]) -> dict[str, float]:
             return record.get("l2-category"), index[-3], index[part]
         return all_right(group_by(key, records).values())
 
-    return {"aAcc": percent(r["score"] for r in records), "fAcc": all_right_by(-2),
-            "qAcc": all_right_by(-1), "rows": len(records)}
+    return {"fAcc": all_right_by(-2), "qAcc": all_right_by(-1)}
 
 
 def pope(records: list[dict]) -> dict[str, float]:
     """POPE (Li et al. 2023): yes is positive. An unread answer is right nowhere."""
     said_yes = [r["score"] for r in records if r["read"] == "yes"]
     hits, is_yes = sum(said_yes), sum(r["answer"][0].strip().lower() == "yes" for r in records)
-    return {"F1": 200 * hits / max(len(said_yes) + is_yes, 1), **accuracy(records),
-            "precision": percent(said_yes), "recall": 100 * hits / max(is_yes, 1)}
-
-
-def mean_anls(records: list[dict]) -> dict[str, float]:
-    return {"ANLS": percent(r["score"] for r in records), "rows": len(records)}
+    return {"F1": 200 * hits / max(len(said_yes) + is_yes, 1), "precision": percent(said_yes),
+            "recall": 100 * hits / max(is_yes, 1)}
 
 
 def points(records: list[dict]) -> dict[str, float]:
-    return {"points": sum(r["score"] for r in records), **accuracy(records)}
+    return {"points": sum(r["score"] for r in records)}
 
 
-METRICS = {                # metric -> (score of an answer beside a reference, numbers over answers)
-    "exact": (exact_match, accuracy), "multiple-choice": (open_match, accuracy),
-    "circular": (open_match, circular), "yes-no": (None, accuracy), "mme": (None, mme),
-    "hallusion": (None, hallusion), "pope": (None, pope), "vqa": (None, accuracy),
-    "anls": (anls, mean_anls), "relaxed": (relaxed_match, accuracy),
-    "ocrbench": (holds_text, points)}
+# metric -> score of an answer beside a reference, what the mean score is called, and what else is
+# counted over all answers
+METRICS = {
+    "exact": (exact_match, "accuracy", None), "multiple-choice": (open_match, "accuracy", None),
+    "circular": (open_match, "accuracy", circular), "yes-no": (None, "accuracy", None),
+    "mme": (None, "accuracy", mme), "hallusion": (None, "aAcc", hallusion),
+    "pope": (None, "accuracy", pope), "vqa": (None, "accuracy", None),
+    "anls": (anls, "ANLS", None), "relaxed": (relaxed_match, "accuracy", None),
+    "ocrbench": (holds_text, "accuracy", points)}

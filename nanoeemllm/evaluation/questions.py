@@ -16,11 +16,13 @@ from nanoeemllm.config import UserError
 from nanoeemllm.data.images import load_image
 from nanoeemllm.data.packing import patch_grid
 from nanoeemllm.evaluation.benchmark import as_list
-from nanoeemllm.evaluation.metrics import CHOICE, GROUPS, YES_NO, grade, options_of, summarize
+from nanoeemllm.evaluation.metrics import GROUPS, YES_NO, grade, options_of, summarize
 from nanoeemllm.prompt import IMAGE_TEXT, encode_prompt
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_CN = "\n请直接回答选项字母。"
+INDEX = {"circular": ("a whole number", r"\s*\d{1,18}\s*"),
+         "hallusion": ("..._set_figure_question", ".*_.*_.*_.*")}
 WORD = "\nAnswer the question using a single word or phrase."
 
 
@@ -38,12 +40,11 @@ def prompt_of(row: dict, metric: str, images: list) -> tuple[str, list]:
     text = row["question"]
     if row.get("hint"):
         text = row["hint"] + "\n" + text
-    options = options_of(row)
-    if metric in CHOICE and options:
+    if metric in YES_NO:                              # MME's own ending gives way to LLaVA's
+        text = re.sub(r"\s*Please answer yes or no\.\s*$", "", text) + WORD
+    elif options := options_of(metric, row):
         text += "".join(f"\n{letter}. {option}" for letter, option in options.items())
         text += LETTER_CN if re.search(r"[\u4e00-\u9fff]", text) else LETTER
-    elif metric in YES_NO:                            # MME's own ending gives way to LLaVA's
-        text = re.sub(r"\s*Please answer yes or no\.\s*$", "", text) + WORD
     elif metric not in ("exact", "ocrbench"):
         text += WORD
     placed = []
@@ -78,18 +79,15 @@ def check_row(row: dict, metric: str):
     """Raises UserError for what can be seen without the image."""
     if "bad" in row:
         raise UserError(row["bad"])
-    answer, index, options = row["answer"].strip(), row.get("index", ""), options_of(row)
+    answer, index, options = row["answer"], row.get("index", ""), options_of(metric, row)
+    form, pattern = INDEX.get(metric, ("", ".*"))
     for is_bad, why in (
             (not row["question"].strip(), "no question"),
             (not "".join(as_list(answer)).strip(), "no answer"),
-            (metric in CHOICE and options and answer not in options,
+            (options and answer.strip().lower() not in map(str.lower, options),
              f"the answer {answer!r} is none of the options {', '.join(options)}"),
-            (metric in YES_NO and answer.lower() not in ("yes", "no"),
-             f"the answer {answer!r} is neither yes nor no"),
-            (metric == "circular" and not re.fullmatch(r"\s*\d{1,18}\s*", index),
-             f"the index {index!r} is no whole number, which circular evaluation counts by"),
-            (metric == "hallusion" and index.count("_") < 3,
-             f"the index {index!r} does not end in _set_figure_question")):
+            (not re.fullmatch(pattern, index, re.DOTALL),
+             f"the index {index!r} is not {form}, by which {metric} counts")):
         if is_bad:
             raise UserError(why)
 
@@ -98,6 +96,8 @@ def prepare(model, row: dict, metric: str, max_new_tokens: int) -> Question:
     """Raises UserError where the row cannot be asked."""
     check_row(row, metric)
     text, images = prompt_of(row, metric, images_of(row))
+    if model.config.vision is None:
+        raise UserError("this model has no image encoder: give another model")
     ids = encode_prompt(model.tokenizer, text, model.config.chat_template)
     grids = [patch_grid(image, model.config.vision) for image in images]
     tokens = len(ids) - len(images) + sum(h * w for h, w in grids) + max_new_tokens
@@ -123,36 +123,35 @@ def prepare_all(model, rows: Iterable[dict], metric: str,
 
 
 def answers(model, rows: Iterable[dict], metric: str, max_new_tokens: int = 128,
-            batch_tokens: int = 16384) -> Iterator[dict]:
+            batch_tokens: int = 16384, **options) -> Iterator[dict]:
     """A record a row: what was asked, answered, read and scored; or "bad". Rows are asked together
-    up to batch_tokens of Question.tokens."""
-    batch = []
+    up to batch_tokens of Question.tokens. options: more of model.generate_batch."""
+    batch, options = [], {"max_new_tokens": max_new_tokens, **options}
     for question in prepare_all(model, rows, metric, max_new_tokens):
         if isinstance(question, dict):
             yield question
             continue
         if batch and sum(q.tokens for q in [*batch, question]) > batch_tokens:
-            yield from ask(model, batch, metric, max_new_tokens)
+            yield from ask(model, batch, metric, options)
             batch = []
         batch.append(question)
     if batch:
-        yield from ask(model, batch, metric, max_new_tokens)
+        yield from ask(model, batch, metric, options)
 
 
-def ask(model, batch: list[Question], metric: str, max_new_tokens: int) -> Iterator[dict]:
+def ask(model, batch: list[Question], metric: str, options: dict) -> Iterator[dict]:
+    rows, ids, images, _ = zip(*batch)
     try:
-        outputs = model.generate_batch([question.ids for question in batch],
-                                       [question.images for question in batch],
-                                       max_new_tokens=max_new_tokens)
+        outputs = model.generate_batch(ids, images, **options)
     except torch.cuda.OutOfMemoryError:
         raise UserError(f"out of memory with {len(batch)} rows: lower --batch-tokens") from None
-    for question, output in zip(batch, outputs):
-        row, prediction = question.row, model.tokenizer.decode(output).strip()
+    for row, output in zip(rows, outputs):
+        prediction = model.tokenizer.decode(output).strip()
         read, score = grade(metric, prediction, row)
         columns = ("row", "index", "question", "answer", "picture", *GROUPS)
         record = {key: row[key] for key in columns if row.get(key)}
         yield record | {"prediction": prediction, "read": read, "score": score,
-                        "options": len(options_of(row))}
+                        "options": len(options_of("circular", row))}
 
 
 def evaluate_rows(model, rows: list[dict], metric: str = "exact") -> dict:
@@ -166,11 +165,11 @@ def evaluate_rows(model, rows: list[dict], metric: str = "exact") -> dict:
 
 def table(lines: dict[str, dict[str, float]]) -> str:
     """label -> {column: number} as text, a line a label; absent numbers are left empty."""
-    width = max(map(len, lines))
-    columns = [[label.ljust(width) for label in ("", *lines)]]
-    for name in dict.fromkeys(itertools.chain(*lines.values())):
-        numbers = [line.get(name, "") for line in lines.values()]
-        cells = [name, *(f"{x:.1f}" if isinstance(x, float) else str(x) for x in numbers)]
-        width = max(map(len, cells))
-        columns.append([cell.rjust(width) for cell in cells])
-    return "\n".join("  ".join(row).rstrip() for row in zip(*columns))
+    names = dict.fromkeys(itertools.chain(*lines.values()))
+    rows = [["", *names]]
+    for label, line in lines.items():
+        numbers = [line.get(name, "") for name in names]
+        rows.append([label, *(f"{x:.1f}" if isinstance(x, float) else str(x) for x in numbers)])
+    first, *others = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip()
+                     for row in rows)

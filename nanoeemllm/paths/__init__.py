@@ -17,6 +17,7 @@ one, write a file like these and `register` its class: nothing else knows a path
 import argparse
 import dataclasses
 import re
+from collections.abc import Callable
 
 from nanoeemllm.config import ModelConfig, UserError, VisualPath
 
@@ -57,15 +58,20 @@ def add_flags(parser):
     """--visual-path and every path's own flags; from_args reads them."""
     add = parser.add_argument_group("what happens to visual tokens (paths/)").add_argument
     add("--visual-path", choices=PATHS, help="default: the model's own")
-    for name, path in PATHS.items():
-        for f in flags_of(path):
-            about = f.metadata
-            add("--" + f.name.replace("_", "-"), type=about.get("parse") or number(f),
-                metavar=about["metavar"], help=f"{name}: {about['help']}")
+    for name, f in flags():
+        about = f.metadata
+        add(flag_of(f), type=about.get("parse") or number(about["least"], about["most"]),
+            metavar=about["metavar"], help=f"{name}: {about['help']}")
 
 
-def flags_of(path: type[VisualPath]) -> list[dataclasses.Field]:
-    return [f for f in dataclasses.fields(path) if "help" in f.metadata]
+def flags() -> list[tuple[str, dataclasses.Field]]:
+    """(path, field) of every setting that is a flag."""
+    return [(name, f) for name, path in PATHS.items() for f in dataclasses.fields(path)
+            if "help" in f.metadata]
+
+
+def flag_of(f: dataclasses.Field) -> str:
+    return "--" + f.name.replace("_", "-")
 
 
 def from_args(args, base: ModelConfig) -> VisualPath:
@@ -73,20 +79,17 @@ def from_args(args, base: ModelConfig) -> VisualPath:
     setting of another path."""
     path = base.path_named(args.visual_path) if args.visual_path else base.visual_path
     given = {}
-    for owner in PATHS.values():
-        for f in flags_of(owner):
-            value, flag = getattr(args, f.name), "--" + f.name.replace("_", "-")
-            if value is not None and owner is not type(path):
-                raise UserError(f"{flag} is a setting of {owner.name}, and the visual path is "
-                                f"{path.name}: add --visual-path {owner.name}")
-            given |= {} if value is None else {f.name: value}
+    for owner, f in flags():
+        value = getattr(args, f.name)
+        if value is not None and owner != path.name:
+            raise UserError(f"{flag_of(f)} is a setting of {owner}, and the visual path is "
+                            f"{path.name}: add --visual-path {owner}")
+        given |= {} if value is None else {f.name: value}
     return path.with_settings(given)
 
 
-def number(f: dataclasses.Field):
-    """A parser of whole numbers in a field's range."""
-    least, most = f.metadata["least"], f.metadata["most"]
-
+def number(least: int, most: int) -> Callable[[str], int]:
+    """A parser of whole numbers. (border/ has one, too, and builds on this package.)"""
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(f"{text!r:.80} is not from {least} to {most}")

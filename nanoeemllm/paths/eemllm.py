@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanoeemllm.attention import attention
 from nanoeemllm.config import LlamaConfig, UserError, VisualPath, size
 from nanoeemllm.decoder import Context, DecoderLayer
 from nanoeemllm.paths import register
@@ -25,11 +24,9 @@ class AblatedLayer(DecoderLayer):
         self.aligner = aligner
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        a, T = self.self_attn, ctx.T
-        h = self.input_layernorm(x)
+        a, T, h = self.self_attn, ctx.T, self.input_layernorm(x)
         k, v = a.keys_values(h, ctx.rope)
-        keys = ctx.keys(self.index, k, v)
-        heads = attention(a.queries(h[:T], ctx.rope_text), keys, ctx.sees)
+        heads = self.attend(h[:T], v[:T], ctx.keys(self.index, k, v), ctx)
         text = self.feed_forward(x[:T] + a.o_proj(heads.flatten(1)))
         if self.is_last or len(x) == T:
             return text

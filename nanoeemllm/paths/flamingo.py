@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from nanoeemllm.attention import Keys, attention
 from nanoeemllm.config import LlamaConfig, UserError, VisualPath, size
-from nanoeemllm.decoder import Context, DecoderLayer
+from nanoeemllm.decoder import Context
 from nanoeemllm.llama import RMSNorm, SelfAttention, SwiGLU
 from nanoeemllm.paths import register
+from nanoeemllm.paths.yopo import TextLayer
 
 
 class CrossBlock(nn.Module):
@@ -34,42 +35,30 @@ class CrossBlock(nn.Module):
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.mlp_gate = nn.Parameter(torch.zeros(1))
 
-    def keys_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
-        h, D = self.visual_layernorm(visual), self.attention.head_dim
-        return tuple(proj(h).unflatten(-1, (-1, D))
-                     for proj in (self.attention.k_proj, self.attention.v_proj))
-
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
-        q = self.attention.q_proj(self.input_layernorm(x))
-        q = q.unflatten(-1, (-1, self.attention.head_dim))
+    def forward(self, x: Tensor, layer: int, ctx: Context) -> Tensor:
+        a, visual = self.attention, x[:0] if ctx.visual is None else ctx.visual
+        n = self.visual_layernorm(visual)
+        k, v, q = (proj(rows).unflatten(-1, (-1, a.head_dim)) for proj, rows in (
+            (a.k_proj, n), (a.v_proj, n), (a.q_proj, self.input_layernorm(x))))
+        k, v = ctx.visual_keys(layer, k, v)
         heads = attention(q, Keys(k, v, k[:0], v[:0]), ctx.last_image)
         if not len(k) and torch.is_grad_enabled():
             # No image here, but perhaps on another rank: under FSDP all must run the same backward
             # pass, so that what makes visual keys gets a gradient, which is 0.
             heads = heads + q * 0 + k.sum() + v.sum()
-        x = x + self.attention_gate.tanh() * self.attention.o_proj(heads.flatten(1))
+        x = x + self.attention_gate.tanh() * a.o_proj(heads.flatten(1))
         return x + self.mlp_gate.tanh() * self.mlp(self.post_attention_layernorm(x))
 
 
-class FlamingoLayer(DecoderLayer):
-    def __init__(self, config: LlamaConfig, index: int, has_block: bool):
+class FlamingoLayer(TextLayer):
+    """A layer with a block in front of it."""
+
+    def __init__(self, config: LlamaConfig, index: int):
         super().__init__(config, index)
-        if has_block:
-            self.cross = CrossBlock(config)
+        self.cross = CrossBlock(config)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        """x: text rows alone, (T, C)."""
-        visual = x[:0] if ctx.visual is None else ctx.visual
-        if hasattr(self, "cross"):
-            x = self.cross(x, *ctx.visual_keys(self.index, *self.cross.keys_values(visual)), ctx)
-        else:
-            none = visual.new_zeros(len(visual), 0, self.self_attn.head_dim)
-            ctx.visual_keys(self.index, none, none)
-        h = self.input_layernorm(x)
-        k, v = ctx.text_keys(self.index, *self.self_attn.keys_values(h, ctx.rope_text))
-        q = self.self_attn.queries(h, ctx.rope_text)
-        heads = attention(q, Keys(k[:0], v[:0], k, v), ctx.sees.text_alone)
-        return self.feed_forward(x + self.self_attn.o_proj(heads.flatten(1)))
+        return self.text_rows(self.cross(x, self.index, ctx), ctx)
 
 
 @register
@@ -92,5 +81,6 @@ class Flamingo(VisualPath):
             raise UserError(f"a gated block every {self.every} layers is none in {L} layers: give "
                             f"--every {L} or less")
 
-    def layer(self, llama: LlamaConfig, index: int, feature_width: int | None) -> FlamingoLayer:
-        return FlamingoLayer(llama, index, has_block=(index + 1) % self.every == 0)
+    def layer(self, llama: LlamaConfig, index: int, feature_width: int | None) -> TextLayer:
+        kind = TextLayer if (index + 1) % self.every else FlamingoLayer
+        return kind(llama, index)

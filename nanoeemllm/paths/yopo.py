@@ -16,117 +16,123 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanoeemllm.attention import Keys, attention
 from nanoeemllm.config import LlamaConfig, UserError, VisualPath, size
 from nanoeemllm.decoder import Context, DecoderLayer
 from nanoeemllm.llama import apply_rope
-from nanoeemllm.paths import make, register
+from nanoeemllm.paths import register
 
 FIRST = 2        # layers in which no head is pruned
 
 
+class TextLayer(DecoderLayer):
+    """The language model's own layer: its rows (T, C) are text and attend to text alone."""
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        if ctx.visual is not None:           # who stores visual keys is told that there are none
+            none = ctx.visual.new_zeros(len(ctx.visual), 0, self.self_attn.head_dim)
+            ctx.visual_keys(self.index, none, none)
+        return self.text_rows(x, ctx)
+
+    def text_rows(self, x: Tensor, ctx: Context) -> Tensor:
+        a, h = self.self_attn, self.input_layernorm(x)
+        k, v = ctx.text_keys(self.index, *a.keys_values(h, ctx.rope_text))
+        q = a.queries(h, ctx.rope_text)
+        heads = attention(q, Keys(k[:0], v[:0], k, v), ctx.sees.text_alone)
+        return self.feed_forward(x + a.o_proj(heads.flatten(1)))
+
+
 class YOPOLayer(DecoderLayer):
+    """A layer before L_cut."""
+
     def __init__(self, config: LlamaConfig, index: int, path: "YOPO"):
         super().__init__(config, index)
+        self.is_last = index == path.visual_layers(config) - 1      # to carry visual rows
         self.window, self.neurons = path.window, config.intermediate_size // path.ffn_ratio
-        self.cut = path.visual_layers(config)
-        self.kept = path.heads(config, index) if index < self.cut else ()
-        self.pruned = tuple(h for h in range(config.num_attention_heads) if h not in self.kept)
-        group = self.self_attn.group
-        self.text_heads_of_kept = tuple(head // group for head in self.kept)
-        self.visual_heads = tuple(sorted(set(self.text_heads_of_kept)))    # have visual keys
-        self.visual_heads_of_kept = tuple(map(self.visual_heads.index, self.text_heads_of_kept))
+        heads, group = range(config.num_attention_heads), self.self_attn.group
+        self.kept = path.heads(config, index)
+        self.pruned = tuple(head for head in heads if head not in self.kept)
+        self.order = tuple(sorted(heads, key=(self.kept + self.pruned).__getitem__))
+        # the key head of each kept head, its place among those that have visual keys, and these
+        self.text_key = tuple(head // group for head in self.kept)
+        self.visual_heads = tuple(sorted(set(self.text_key)))
+        self.visual_key = tuple(map(self.visual_heads.index, self.text_key))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         a, T = self.self_attn, ctx.T
-        text, visual = x[:T], x[T:]          # x has no visual rows from layer L_cut on
-        h_text, h_visual = self.input_layernorm(text), self.input_layernorm(visual)
-        k_text, v_text = ctx.text_keys(self.index, *a.keys_values(h_text, ctx.rope_text))
-        k, v = (self.part(h_visual, proj.weight, self.visual_heads)
-                for proj in (a.k_proj, a.v_proj))
-        k = apply_rope(k, ctx.rope_visual) if len(k) else k
-        k_visual, v_visual = ctx.visual_keys(self.index, k, v)
-        keys = Keys(k_visual, v_visual, k_text, v_text)
+        h = self.input_layernorm(x)
+        k = self.project(h[T:], a.k_proj, self.visual_heads)
+        v = self.project(h[T:], a.v_proj, self.visual_heads)
+        visual = ctx.visual_keys(self.index, apply_rope(k, ctx.rope_visual), v)
+        text = ctx.text_keys(self.index, *a.keys_values(h[:T], ctx.rope_text))
+        keys = Keys(*visual, *text)
 
-        heads = self.text_attention(a.queries(h_text, ctx.rope_text), keys, ctx)
-        text = self.feed_forward(text + a.o_proj(heads.flatten(1)))
-        if self.index >= self.cut - 1 or not len(visual):
-            return torch.cat([text, visual[:0]])
-        return torch.cat([text, self.visual_rows(visual, h_visual, keys, ctx)])
+        heads = self.text_attention(a.queries(h[:T], ctx.rope_text), keys, ctx)
+        rows = self.feed_forward(x[:T] + a.o_proj(heads.flatten(1)))
+        if self.is_last or len(x) == T:
+            return rows
+        return torch.cat([rows, self.visual_rows(x[T:], h[T:], keys, ctx)])
 
     def text_attention(self, q: Tensor, keys: Keys, ctx: Context) -> Tensor:
         """Kept heads see both kinds of keys, pruned ones text alone. (T, H, D) -> (T, H, D)"""
         if not self.pruned:
             return attention(q, keys, ctx.sees)
-        group = self.self_attn.group
-        text_heads = [head // group for head in self.pruned]
-        k, v = take(keys.k_text, text_heads), take(keys.v_text, text_heads)
-        blind = attention(take(q, self.pruned), Keys(k[:0], v[:0], k, v), ctx.sees.text_alone)
-        if not self.kept:
-            return blind
         seeing = attention(take(q, self.kept), self.keys_of_kept(keys), ctx.sees)
-        order = [(self.kept + self.pruned).index(head) for head in range(q.shape[1])]
-        return take(torch.cat([seeing, blind], dim=1), order)
+        group = self.self_attn.group
+        k, v = (take(x, tuple(head // group for head in self.pruned)) for x in keys[2:])
+        blind = attention(take(q, self.pruned), Keys(k[:0], v[:0], k, v), ctx.sees.text_alone)
+        return take(torch.cat([seeing, blind], dim=1), self.order)
 
     def keys_of_kept(self, keys: Keys) -> Keys:
         """A key head for every kept query head."""
-        return Keys(take(keys.k_visual, self.visual_heads_of_kept),
-                    take(keys.v_visual, self.visual_heads_of_kept),
-                    take(keys.k_text, self.text_heads_of_kept),
-                    take(keys.v_text, self.text_heads_of_kept))
+        return Keys(*(take(x, self.visual_key) for x in keys[:2]),
+                    *(take(x, self.text_key) for x in keys[2:]))
 
     def visual_rows(self, x: Tensor, h: Tensor, keys: Keys, ctx: Context) -> Tensor:
         """(V, C) -> (V, C): attention in the kept heads, O, the part of the FFN."""
         a, m, f = self.self_attn, self.mlp, self.neurons
-        q = apply_rope(self.part(h, a.q_proj.weight, self.kept), ctx.rope_visual)
+        q = apply_rope(self.project(h, a.q_proj, self.kept), ctx.rope_visual)
         k, v, k_text, v_text = self.keys_of_kept(keys)
         out = [window_attention(q[i.rows], k[i.rows], v[i.rows], k_text[i.before], v_text[i.before],
                                 i.grid, self.window) for i in ctx.layout.images]
-        o = self.heads_of(a.o_proj.weight.T, self.kept).T
-        x = x + F.linear(torch.cat(out).flatten(1), o)
+        o = take(a.o_proj.weight.unflatten(1, (-1, a.head_dim)), self.kept)
+        x = x + F.linear(torch.cat(out).flatten(1), o.flatten(1))
         n = self.post_attention_layernorm(x)
         n = F.silu(F.linear(n, m.gate_proj.weight[:f])) * F.linear(n, m.up_proj.weight[:f])
         return x + F.linear(n, m.down_proj.weight[:, :f])
 
-    def heads_of(self, weight: Tensor, heads: tuple[int, ...]) -> Tensor:
-        """(all heads * D, width) -> the rows of these heads alone."""
-        D = self.self_attn.head_dim
-        if len(heads) * D == len(weight):
-            return weight
-        return weight.unflatten(0, (-1, D))[index_of(heads, weight.device)].flatten(0, 1)
-
-    def part(self, h: Tensor, weight: Tensor, heads: tuple[int, ...]) -> Tensor:
+    def project(self, h: Tensor, linear: nn.Linear, heads: tuple[int, ...]) -> Tensor:
         """A projection to these heads alone: (N, C) -> (N, heads, D)."""
-        if not heads or not len(h):
-            return h.new_zeros(len(h), len(heads), self.self_attn.head_dim)
-        return F.linear(h, self.heads_of(weight, heads)).unflatten(-1, (len(heads), -1))
+        D = self.self_attn.head_dim
+        if not len(h):                       # while decoding: the weights need not be gathered
+            return h.new_zeros(0, len(heads), D)
+        weight = take(linear.weight.unflatten(0, (-1, D)), heads, dim=0)
+        return F.linear(h, weight.flatten(0, 1)).unflatten(-1, (-1, D))
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, k_text: Tensor, v_text: Tensor,
                      grid: tuple[int, int], window: int) -> Tensor:
     """One image's rows q, k, v (n, H, D) and the text before it (t, H, D) -> (n, H, D), by
     n (window^2 + t) scores."""
-    near, real = neighbours(*grid, window, q.device)
-    scores = torch.einsum("nhd,nmhd->nhm", q, k[near]).masked_fill(~real[:, None], float("-inf"))
+    near = neighbours(*grid, window, q.device)
+    scores = torch.einsum("nhd,nmhd->nhm", q, k[near.clamp(min=0)])
+    scores = scores.masked_fill(near[:, None] < 0, float("-inf"))
     scores = torch.cat([scores, torch.einsum("nhd,thd->nht", q, k_text)], dim=-1)
     weights = (scores * q.shape[-1] ** -0.5).softmax(-1)
     near_weights, text_weights = weights.split([near.shape[1], len(k_text)], dim=-1)
-    out = torch.einsum("nhm,nmhd->nhd", near_weights, v[near])
+    out = torch.einsum("nhm,nmhd->nhd", near_weights, v[near.clamp(min=0)])
     return out + torch.einsum("nht,thd->nhd", text_weights, v_text)
 
 
 @lru_cache(maxsize=256)
-def neighbours(h: int, w: int, window: int, device) -> tuple[Tensor, Tensor]:
-    """For every patch of an h x w grid the window x window patches around it, (h*w, window^2), and
-    which of them are inside."""
+def neighbours(h: int, w: int, window: int, device) -> Tensor:
+    """For every patch of an h x w grid the window x window patches around it, (h*w, window^2), -1
+    where the grid has ended."""
     with torch.inference_mode(False):        # cached for later passes, with gradients or without
-        patch, step = torch.arange(h * w), torch.arange(window) - window // 2
-        y = (patch // w)[:, None] + step.repeat_interleave(window)
-        x = (patch % w)[:, None] + step.repeat(window)
-        real = (y >= 0) & (y < h) & (x >= 0) & (x < w)
-        return (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)).to(device), real.to(device)
+        number = torch.arange(1.0, h * w + 1).view(1, 1, h, w)         # 0 is what unfold pads with
+        return F.unfold(number, window, padding=window // 2)[0].T.long().to(device) - 1
 
 
 @lru_cache(maxsize=1024)
@@ -135,9 +141,12 @@ def index_of(numbers: tuple[int, ...], device) -> Tensor:
         return torch.tensor(numbers, device=device)
 
 
-def take(x: Tensor, heads) -> Tensor:
-    """(N, all heads, D) -> these heads; of none, as they are."""
-    return x[:, index_of(tuple(heads), x.device)] if len(x) else x[:, :1].expand(-1, len(heads), -1)
+def take(x: Tensor, heads: tuple[int, ...], dim: int = 1) -> Tensor:
+    """These of all heads, which lie along dim. All of them in their order are not copied."""
+    if heads == tuple(range(x.shape[dim])):
+        return x
+    index = index_of(heads, x.device)
+    return x[index] if dim == 0 else x[:, index]
 
 
 @register
@@ -156,27 +165,27 @@ class YOPO(VisualPath):
     @classmethod
     def published(cls, llama: LlamaConfig) -> "YOPO":
         L, H = llama.num_hidden_layers, llama.num_attention_heads
-        return cls(window=5, ffn_ratio=2, last_visual_layer=max(1, L // 2),
-                   prune_heads=H * 3 // 4 or None)
+        return cls(last_visual_layer=max(1, L // 2), prune_heads=H * 3 // 4 or None)
 
     def check(self, llama: LlamaConfig):
-        L, H = llama.num_hidden_layers, llama.num_attention_heads
-        if self.window % 2 == 0:
-            raise UserError(f"window {self.window} must be odd: a patch stands in the middle")
-        if self.visual_layers(llama) > L:
-            raise UserError(f"last visual layer {self.last_visual_layer}, but the model has {L} "
-                            "layers")
-        if self.kept_heads and len(self.kept_heads) != L:
-            raise UserError(f"kept_heads has {len(self.kept_heads)} layers, the model {L}: "
-                            "calibrate anew")
-        if any(list(kept) != sorted(set(kept)) for kept in self.kept_heads):
-            raise UserError("kept_heads must be rising numbers in every layer: calibrate anew")
-        outside = any(not kept or max(kept) >= H for kept in self.kept_heads)
-        if (self.prune_heads or 0) >= H or outside:
-            raise UserError(f"each layer must keep at least one of its heads 0 to {H - 1}")
-        if self.ffn_ratio > llama.intermediate_size:
-            raise UserError(f"ffn ratio {self.ffn_ratio} leaves none of the FFN's "
-                            f"{llama.intermediate_size} neurons")
+        L, H, F = llama.num_hidden_layers, llama.num_attention_heads, llama.intermediate_size
+        kept = self.kept_heads
+        are_rising = all(heads and heads == tuple(sorted(set(heads) & set(range(H))))
+                         for heads in kept)
+        for is_wrong, message in (
+                (self.window % 2 == 0,
+                 f"window {self.window} must be odd: a patch stands in the middle"),
+                (self.visual_layers(llama) > L,
+                 f"last visual layer {self.last_visual_layer}, but the model has {L} layers"),
+                ((self.prune_heads or 0) >= H,
+                 f"prune-heads {self.prune_heads}: each layer must keep at least one of {H} heads"),
+                (not are_rising or kept and len(kept) != L,
+                 f"kept_heads must hold, for each of {L} layers, at least one of the heads 0 to "
+                 f"{H - 1}, in rising order: calibrate anew"),
+                (self.ffn_ratio > F,
+                 f"ffn ratio {self.ffn_ratio} leaves none of the FFN's {F} neurons")):
+            if is_wrong:
+                raise UserError(message)
 
     def visual_layers(self, llama: LlamaConfig) -> int:
         """L_cut: so many layers have visual keys."""
@@ -189,7 +198,9 @@ class YOPO(VisualPath):
         pruned = self.prune_heads or 0
         return tuple(range(llama.num_attention_heads - (pruned if layer >= FIRST else 0)))
 
-    def layer(self, llama: LlamaConfig, index: int, feature_width: int | None) -> YOPOLayer:
+    def layer(self, llama: LlamaConfig, index: int, feature_width: int | None) -> DecoderLayer:
+        if index >= self.visual_layers(llama):
+            return TextLayer(llama, index)
         return YOPOLayer(llama, index, self)
 
     def with_settings(self, settings: dict) -> "YOPO":
@@ -222,17 +233,15 @@ class YOPO(VisualPath):
 
 @torch.inference_mode()
 def measure_ratios(model, prompts) -> Tensor:
-    """prompts: (ids, PIL images), one sample each -> ratios (samples, L, H) under llava."""
+    """prompts: (ids, PIL images), one sample each; model: under llava -> ratios (samples, L, H)."""
     ratios = []
 
-    def note(layer: DecoderLayer, arguments):
+    def note(layer: DecoderLayer, arguments: tuple[Tensor, Context]):
         x, ctx = arguments
         h, a = layer.input_layernorm(x), layer.self_attn
         k, _ = a.keys_values(h, ctx.rope)
-        ratios.append(attention_ratio(a.queries(h, ctx.rope), k.repeat_interleave(a.group, 1), ctx))
+        ratios.append(attention_ratio(a.queries(h, ctx.rope), k, ctx).cpu())
 
-    if type(model.decoder.path) is not type(make("llava")):
-        raise UserError("heads are chosen by what a model does as llava: add --visual-path llava")
     hooks = [layer.register_forward_pre_hook(note) for layer in model.decoder.layers]
     for ids, images in prompts:
         model.logits(ids, images)
@@ -240,22 +249,21 @@ def measure_ratios(model, prompts) -> Tensor:
         hook.remove()
     if not ratios:
         raise UserError("the calibration set has no sample with a picture")
-    return torch.stack(ratios).unflatten(0, (-1, len(hooks))).cpu()
+    return torch.stack(ratios).unflatten(0, (-1, len(hooks)))
 
 
-def attention_ratio(q: Tensor, k: Tensor, ctx: Context, rows: int = 256) -> Tensor:
-    """One sample's q, k (T + V, H, D) -> attention to visual keys / to text keys, (H,)."""
-    mass = torch.zeros(2, q.shape[1], device=q.device)
-    place = torch.arange(len(q), device=q.device)
-    is_text = place < ctx.T
-    for block in place.split(rows):
-        sees_text, sees_visual = ctx.layout.sees_text[block], ctx.layout.sees_visual[block]
-        sees = torch.where(is_text, sees_text[:, None], ctx.T + sees_visual[:, None])
-        scores = torch.einsum("qhd,khd->hqk", q[block].float(), k.float()) * q.shape[-1] ** -0.5
-        scores = scores.masked_fill(place >= sees, float("-inf"))
-        weights = scores.softmax(-1).sum(1)                                              # (H, keys)
-        mass += torch.stack([weights[:, ~is_text].sum(-1), weights[:, is_text].sum(-1)])
-    return mass[0] / mass[1]
+def attention_ratio(q: Tensor, k: Tensor, ctx: Context) -> Tensor:
+    """One sample's q (T + V, H, D) and k (T + V, G, D) -> attention that all rows, as in llava, pay
+    to visual keys / to text keys, (H,).
+
+    Attention is a mean of values: of values that are 1 at some keys and 0 at others, it is the
+    weight of the former."""
+    order, _, sees = ctx.layout.merged
+    q, k, is_visual = q[order].float(), k[order].float(), (order >= ctx.T)[:, None]
+    values = torch.zeros_like(k)
+    values[..., 0], values[..., 1] = is_visual, ~is_visual
+    weight = attention(q, Keys(k[:0], k[:0], k, values), sees).sum(0)                  # (H, D)
+    return weight[:, 0] / weight[:, 1]
 
 
 def choose_heads(ratios: Tensor, pruned: int, cut: int) -> tuple[tuple, float]:
