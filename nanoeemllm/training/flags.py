@@ -19,7 +19,7 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="for the stages' folders")
     add("--init", type=Path, metavar="DIR", help="model folder to start from (the stage before's)")
     add_flags(parser)
-    add("--steps", type=positive(int, most=STEPS), help="optimizer steps of the stage")
+    add("--steps", type=positive(int, most=STEPS), help="optimizer steps of the stage (one epoch)")
     add("--batch-size", type=positive(int, most=SIZE), help="samples a step, over all processes")
     add("--lr", type=positive(float, most=1000), help="highest learning rate")
     add("--seed", type=positive(int, or_zero=True, most=2**31 - 1), default=0)
@@ -38,7 +38,6 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     data("--images", metavar="DIR", help="the folder that the pictures' names are relative to")
     data("--val-data", action="append", metavar="FILE",
          help="held-out conversations; all of them are measured at every checkpoint")
-    data("--epochs", type=positive(float, most=10000), help="instead of --steps (1)")
     data("--max-length", type=positive(int, most=SIZE),
          help="tokens a sample; turns beyond are cut off (the model's context)")
     data("--micro-batch-tokens", type=positive(int), metavar="N",
@@ -62,20 +61,16 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     world("--max-things", type=positive(int), default=3, help="most things in a picture (3)")
 
     args = parser.parse_args(argv)
-    one_stage = args.stage in ("pretrain", "finetune")
+    look = args.dry_run or args.show_batch
     for wrong, why in (
-            (args.data and not one_stage,
-             "--data is for one stage: add --stage pretrain or --stage finetune"),
-            (args.init and args.stage == "all", "--init is for one stage: add --stage"),
-            ((args.val_data or args.images or args.epochs) and not (args.data or args.assume),
-             "--val-data, --images and --epochs are for --data: name LLaVA's JSON"),
-            (args.epochs and args.steps, "--epochs and --steps say the same: give one of them"),
-            (args.stage == "backbone" and (args.dry_run or args.show_batch),
+            ((args.data or args.init) and args.stage not in ("pretrain", "finetune"),
+             "--data and --init are for one stage: add --stage pretrain or --stage finetune"),
+            ((args.val_data or args.images) and not args.data,
+             "--val-data and --images are for --data: name LLaVA's JSON"),
+            (look and args.stage == "backbone",
              "--dry-run and --show-batch are for pretrain and finetune"),
-            ((args.preset or args.assume) and not args.dry_run,
-             "--preset and --assume are for --dry-run: add it, or leave them out"),
-            (args.preset and not args.assume,
-             "--preset has no tokenizer: add --assume SAMPLES,TEXT,VISUAL")):
+            ((args.preset or args.assume) and not (args.dry_run and args.assume),
+             "--preset and --assume are for --dry-run, and --preset needs --assume")):
         if wrong:
             parser.error(why)
     return args

@@ -1,17 +1,21 @@
 """Before a run: what it needs and costs (--dry-run), and what it will train on (--show-batch)."""
 
 import argparse
+import contextlib
 import time
-from collections import Counter
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import groupby
 
 import torch
 
-from nanoeemllm.config import ModelConfig
-from nanoeemllm.data import Packed, cost
+from nanoeemllm.config import ModelConfig, UserError
+from nanoeemllm.data import cost
 from nanoeemllm.model import EEMLLM, Batch
 from nanoeemllm.training.config import MICRO_BATCH_TOKENS, TrainConfig, freeze
+from nanoeemllm.training.distributed import shard_model
+from nanoeemllm.training.stage_data import StageData
 from nanoeemllm.training.step import PEAK
 from nanoeemllm.weights.tokenizer import Tokenizer
 
@@ -70,17 +74,33 @@ def forecast(config: ModelConfig, train: TrainConfig, sizes: list[float], args: 
            "TFLOP/s")
 
 
-def measure_step(model: EEMLLM, packed: Packed, train: TrainConfig, processes: int) -> str:
-    """Seconds of a forward and a backward pass, the second of two unless the first takes long."""
-    for _ in range(2):
-        start = time.perf_counter()
-        model(packed.batch).backward()
-        seconds = time.perf_counter() - start
-        if seconds > 10:
-            break
-    seconds *= train.batch_size / (processes * max(1, len(packed.keys)))
-    return (f"  {seconds:,.1f} s a step, {seconds * train.steps / 3600:,.2f} hours on this CPU "
-            "(measured on one micro-batch)")
+def look_at(data: StageData, config: ModelConfig, tokenizer: Tokenizer, model: EEMLLM | None,
+            args: argparse.Namespace) -> Iterator[str]:
+    """Lines of --show-batch, or of --dry-run: from the sizes of the first step's samples and, on a
+    CPU with a model at hand, the time of a micro-batch."""
+    sizes, samples, packed = torch.zeros(3), 0, None
+    with contextlib.closing(data.first_step()) as batches:
+        for packed in batches:
+            batch = packed.batch
+            if args.show_batch:
+                yield from show_batch(batch, tokenizer)
+                return
+            sizes += torch.tensor([len(batch.ids), len(batch.targets), len(batch.patches)])
+            samples += len(packed.keys)
+    if not samples:
+        raise UserError(f"none of the first samples can be used; the last: {packed.bad[-1][1]}")
+    yield from forecast(config, data.config, (sizes / samples).tolist(), args)
+    if model is not None and data.group.device.type == "cpu":
+        shard_model(model, data.group)
+        for _ in range(2):                  # the second pass counts, unless the first takes long
+            start = time.perf_counter()
+            model(batch).backward()
+            seconds = time.perf_counter() - start
+            if seconds > 10:
+                break
+        seconds *= data.config.batch_size / (data.group.size * max(1, len(packed.keys)))
+        yield (f"  {seconds:,.1f} s a step, {seconds * data.config.steps / 3600:,.2f} hours on this"
+               " CPU (measured on one micro-batch)")
 
 
 # ---- --show-batch ----
@@ -89,21 +109,21 @@ def show_batch(batch: Batch, tokenizer: Tokenizer) -> Iterator[str]:
     """Lines of a packed batch as text: target words in green, `[h x w picture]`s where they stand,
     a rule between samples. Read from what the model gets, not from the conversations."""
     layout, ids, targets = batch.layout, batch.ids.tolist(), set((batch.target_rows + 1).tolist())
-
-    def words(rows: slice) -> Iterator[str]:
-        for is_target, run in groupby(range(rows.start, rows.stop), targets.__contains__):
-            text = tokenizer.decode([ids[row] for row in run])
-            yield f"{GREEN}{text}{PLAIN}" if is_target else text
+    pictures = defaultdict(list)                     # by the text row that follows them
+    for image in layout.images:
+        h, w = image.grid
+        pictures[image.after.start].append(f"{GREEN}[{h} x {w} picture]{PLAIN}")
+    places = sorted(pictures)
 
     yield (f"{len(batch.keys)} samples, {len(ids):,} text rows, {len(batch.patches):,} visual rows,"
            f" {len(batch.targets):,} target tokens ({GREEN}green{PLAIN}), no padding")
-    for number, key in enumerate(batch.keys):
-        start, length = layout.text.start[number].item(), layout.text.length[number].item()
-        visual = layout.visual.length[number].item()
+    spans = layout.text.start, layout.text.length, layout.visual.length
+    for key, start, length, visual in zip(batch.keys, *(span.tolist() for span in spans)):
         yield f"{GREY}---- {key}: {length} text, {visual} visual rows ----{PLAIN}"
-        images = [image for image in layout.images if image.sample == number]
-        pieces = list(words(slice(start, images[0].after.start if images else start + length)))
-        for image in images:
-            h, w = image.grid
-            pieces += [f"{GREY}[{h} x {w} picture]{PLAIN}", *words(image.after)]
+        pieces = []
+        for (is_target, _), run in groupby(range(start, start + length), lambda row: (
+                row in targets, bisect_right(places, row))):
+            rows = list(run)
+            text = tokenizer.decode([ids[row] for row in rows])
+            pieces += [*pictures[rows[0]], f"{GREEN}{text}{PLAIN}" if is_target else text]
         yield " ".join(pieces)
