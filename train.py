@@ -248,8 +248,8 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: P
 
 
 def main(args: argparse.Namespace):
-    world = WorldConfig(args.picture_size, args.max_things, args.seed)
-    own, look = not (args.init or args.data), args.dry_run or args.show_batch
+    world = WorldConfig(args.picture_size, seed=args.seed)
+    look = args.dry_run or args.show_batch
     stages = {"all": ("pretrain", "finetune"), "backbone": ()}.get(args.stage, (args.stage,))
 
     def prepare():
@@ -258,7 +258,7 @@ def main(args: argparse.Namespace):
 
     with init_distributed(args.device) as group:
         try:
-            if own and not look and args.stage != "finetune":
+            if args.stage != "finetune" and not (args.init or args.data or look):
                 group.on_first(prepare)
             for stage in stages:
                 run_stage(stage, args, world, group)
@@ -271,7 +271,7 @@ def main(args: argparse.Namespace):
                 raise
             time.sleep(5)        # the first process reports it, and all are ended; or this is alone
             raise UserError(f"process {group.rank}: {error}") from None
-    if own and "finetune" in stages and group.is_first and not look:
+    if "finetune" in stages and group.is_first and not (args.data or look):
         model = load_model(args.out / "finetune", device=args.device)
         report.show(model, world, report.score(model, world))
 

@@ -126,7 +126,7 @@ def test_a_broken_line_is_reported_and_ten_are_listed(tmp_path, images, capsys):
 
 @pytest.mark.parametrize("content, message", [
     ("", "neither a JSON list"), ("7", "neither a JSON list"), ('{\n "id": 1\n}', "neither a JSON list"),
-    ('{"data": []}', 'not one conversation that can be used (line 1: no "conversations")'),
+    ('{"data": []}', 'not one conversation that can be used (line 1: no "conversations", a list of turns'),
     ("[]", "not one conversation that can be used"),
     ('[{"conversations": []}, {"conv', "conversation 2, at byte 24, is not valid JSON"),
     ('[{"a": 1}, {]]' + " " * 3000, "conversation 2, at byte 11"), ('[{"a": 1}', "is the file whole?")])

@@ -79,12 +79,9 @@ def _entries(file) -> Iterator[tuple[int, int, str, object]]:
 
 
 def _line_entries(file) -> Iterator[tuple[int, int, str, object]]:
-    start = file.tell()
-    for number, line in enumerate(file, start=1):
-        end = start + len(line)
+    for number, line in enumerate(iter(file.readline, b""), start=1):
         if line.strip():
-            yield start, end, f"line {number}", _parse(line)
-        start = end
+            yield file.tell() - len(line), file.tell(), f"line {number}", _parse(line)
 
 
 def _parse(text: bytes) -> object:

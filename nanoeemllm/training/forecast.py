@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 import torch
+from torch import nn
 
 from nanoeemllm.config import ModelConfig, UserError
 from nanoeemllm.data import cost
@@ -33,8 +34,7 @@ def forecast(config: ModelConfig, train: TrainConfig, sizes: list[float], args: 
     number = Counter()
     for name, p in model.named_parameters():
         number[name.split(".")[0], "trained" if p.requires_grad else "frozen"] += p.numel()
-    parameters = number.total()
-    trained = sum(n for (_, how), n in number.items() if how == "trained")
+    parameters, trained = number.total(), count_weights(model, trained_alone=True)
     samples, tokens = train.steps * train.batch_size, text + visual
 
     yield (f"{train.stage}, visual path {config.visual_path.name}: {samples:,} samples in "
@@ -46,32 +46,35 @@ def forecast(config: ModelConfig, train: TrainConfig, sizes: list[float], args: 
     yield f"  {'all':<12}{parameters / 1e6:>12,.1f} M  {trained / 1e6:,.1f} M of them trained"
 
     # one micro-batch of average samples, at the worst moment: the end of its forward pass
-    budget = args.micro_batch_tokens or MICRO_BATCH_TOKENS
-    count = max(1, round(min(train.batch_size / args.gpus, budget / tokens)))
+    budget, gpus = args.micro_batch_tokens or MICRO_BATCH_TOKENS, args.gpus
+    count = max(1, round(min(train.batch_size / gpus, budget / tokens)))
     average = (max(1, round(text)), [round(visual)] if visual >= 1 else [])
     rows = round(count * targets)
     operations, saved = cost.step(config, [average] * count, train.stage,
                                   args.checkpoint_activations, rows)
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.decoder.layers]
-    encoder = sum(p.numel() for p in model.vision.layers.parameters()) if config.vision else 0
-    gathered = parameters - encoder - sum(layers) + 2 * max(layers)
-    needs = {"weights, a shard: float32 where trained": (2 * parameters + 2 * trained) / args.gpus,
-             "gradients, a shard, float32": 4 * trained / args.gpus,
-             "AdamW's two moments, a shard, float32": 8 * trained / args.gpus,
-             "gathered: two layers and what is in none": 2 * gathered,
+    layers = list(map(count_weights, model.decoder.layers))
+    encoder = count_weights(model.vision.layers) if config.vision else 0
+    needs = {"weights, a shard: float32 where trained": (2 * parameters + 2 * trained) / gpus,
+             "gradients, a shard, float32": 4 * trained / gpus,
+             "AdamW's two moments, a shard, float32": 8 * trained / gpus,
+             "gathered: two layers and what is in none":
+                 2 * (parameters - encoder - sum(layers) + 2 * max(layers)),
              "saved for the backward pass": saved,
              "the logits' gradient, float32": 4 * rows * config.llama.vocab_size}
-    yield (f"memory per GPU, {args.gpus} of them, micro-batches of {count * tokens:,.0f} tokens"
+    yield (f"memory per GPU, {gpus} of them, micro-batches of {count * tokens:,.0f} tokens"
            + ", activations checkpointed" * args.checkpoint_activations)
     for part, number_of_bytes in (needs | {"in all": sum(needs.values())}).items():
         yield f"  {part:<42}{number_of_bytes / 1e9:>8.2f} GB"
 
     operations *= samples / count
-    hours = operations / (args.gpus * PEAK["H100"] * args.mfu) / 3600
-    yield "work"
-    yield f"  {samples * tokens:.3g} tokens, {operations:.3g} operations"
-    yield (f"  {hours:,.2f} hours at {args.mfu:.0%} of {args.gpus} x {PEAK['H100'] / 1e12:,.0f} "
+    hours = operations / (gpus * PEAK["H100"] * args.mfu) / 3600
+    yield f"work\n  {samples * tokens:.3g} tokens, {operations:.3g} operations"
+    yield (f"  {hours:,.2f} hours at {args.mfu:.0%} of {gpus} x {PEAK['H100'] / 1e12:,.0f} "
            "TFLOP/s")
+
+
+def count_weights(module: nn.Module, trained_alone: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_alone)
 
 
 def look_at(data: StageData, config: ModelConfig, tokenizer: Tokenizer, model: EEMLLM | None,
