@@ -269,14 +269,14 @@ def prediction(make: Callable) -> Callable:
 def flag_cases():
     """Every flag that takes a number x what is none, or out of its range; and the environment."""
     numbers = {("sample", *TEXT[1:]): "--max-new-tokens --seed --temperature --top-k --top-p --min-p --repetition-penalty",
-               tuple(TRAIN): "--steps --batch-size --lr --seed --checkpoint-every --epochs --max-length --micro-batch-tokens --workers --max-bad --gpus --mfu --assume",
+               tuple(TRAIN): "--steps --batch-size --lr --seed --checkpoint-every --max-length --micro-batch-tokens --workers --max-bad --gpus --mfu --assume",
                tuple(EVALUATE): "--limit --max-new-tokens --batch-tokens", ("toy", "--export", "new"): "-n --picture-size --max-things --seed",
                tuple(TABLES): "--seeds", ("bench", "prefill", "--out", "new"): "--visual --images --text --tokens --runs",
                ("bench", "train"): "--visual --text --samples --steps", tuple(OPERATIONS): "--composite-layers --every --window --last-visual-layer --begin"}
     for command, flags in numbers.items():
         for flag, value in itertools.product(flags.split(), FLAGS):
             legal = (flag in ("--seed", "--workers", "--max-bad", "--temperature", "--top-k", "--min-p", "--composite-layers") and value == "0"
-                     or value == "1.5" and flag in ("--temperature", "--lr", "--epochs", "--repetition-penalty") or value == "2147483648" and flag in ("--top-k", "--seed"))
+                     or value == "1.5" and flag in ("--temperature", "--lr", "--repetition-penalty") or value == "2147483648" and flag in ("--top-k", "--seed"))
             if not legal:
                 yield Case(f"flag/{' '.join(command[:2])} {flag} {value:.20}", [*command, f"{flag}={value}"])
     for extra in ("--composite-layers 0-999999999999", "--composite-layers 5-1", "--composite-layers ,", "--composite-layers 999"):

@@ -1,5 +1,6 @@
 """Data: what is read, what is refused, who gets which sample, and that none is lost or seen twice."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +17,11 @@ from PIL import Image
 from tokenizers import Tokenizer as Words, models, pre_tokenizers
 
 from nanoeemllm.config import IMAGE_TOKEN, PRESETS, UserError, VisionConfig
-from nanoeemllm.data import ConversationFile, Loader, Mixture, Plan, conversations, count_tokens, encode_sample, open_mixture
+from nanoeemllm.data import ConversationFile, Encoder, Mixture, Plan, conversations, load_batches, open_mixture
 from nanoeemllm.data.packing import assign_to_ranks, patch_grid
 from nanoeemllm.data.images import prepare_image
 from nanoeemllm.weights.tokenizer import Tokenizer
 from nanoeemllm.data.cost import sample_cost
-from nanoeemllm.training.distributed import ProcessGroup
-from nanoeemllm.training.stage_data import open_files
 
 VISION = VisionConfig(patch_size=4, image_size=32, min_image_size=8, resize="native")
 
@@ -86,9 +84,9 @@ def test_reads_a_list_with_byte_order_mark_and_a_sample_without_id(tmp_path):
 
 
 BAD = {
-    "not an object": [1],
-    'no "conversations"': {"id": "x"},
-    'a turn without "from" or "value"': {"id": "x", "conversations": [{"from": "human"}, *turns("a", "b")[1:]]},
+    'no "conversations"': [1],
+    'a list of turns': {"id": "x"},
+    'turns with "from" and "value"': {"id": "x", "conversations": [{"from": "human"}, *turns("a", "b")[1:]]},
     "roles out of order": {"id": "x", "conversations": turns("a", "b")[::-1]},
     "gpt last": {"id": "x", "conversations": turns("a", "b", "c")},
     "an empty answer": {"id": "x", "conversations": turns("a", " \n")},
@@ -119,8 +117,7 @@ def test_index_reports_what_cannot_be_used(tmp_path, images, reason, lines):
 def test_a_broken_line_is_reported_and_ten_are_listed(tmp_path, images, capsys):
     path = write(tmp_path / "d.jsonl", [picture_entry(i) for i in range(3)], lines=True)
     path.write_text(path.read_text() + "\n" + '{"id": "half", "conv\n' * 14)
-    group = ProcessGroup(0, 1, torch.device("cpu"))
-    data = open_files([str(path)], SimpleNamespace(images=str(images), max_bad=0.9), group)
+    data = open_mixture([str(path)], str(images), max_bad=0.9)
     report = capsys.readouterr().err.splitlines()
     assert len(data) == 3
     assert "14 of 17 conversations cannot be used" in report[0] and report[1].startswith("  line 4: not valid JSON")
@@ -129,7 +126,7 @@ def test_a_broken_line_is_reported_and_ten_are_listed(tmp_path, images, capsys):
 
 @pytest.mark.parametrize("content, message", [
     ("", "neither a JSON list"), ("7", "neither a JSON list"), ('{\n "id": 1\n}', "neither a JSON list"),
-    ('{"data": []}', 'not one conversation that can be used (line 1: no "conversations")'),
+    ('{"data": []}', 'not one conversation that can be used (line 1: no "conversations", a list of turns'),
     ("[]", "not one conversation that can be used"),
     ('[{"conversations": []}, {"conv', "conversation 2, at byte 24, is not valid JSON"),
     ('[{"a": 1}, {]]' + " " * 3000, "conversation 2, at byte 11"), ('[{"a": 1}', "is the file whole?")])
@@ -157,12 +154,12 @@ def test_missing_file_folder_or_weight_say_so(tmp_path, images):
 
 def test_sample_from_file_and_from_picture_are_the_same(tmp_path, images, tokenizer):
     source = ConversationFile(write(tmp_path / "d.json", [picture_entry(0, "sub/b.jpg", rounds=3)]), images)
-    sample = encode_sample(source[0], tokenizer, "vicuna_v1", VISION, 500)
+    sample = Encoder(tokenizer, "vicuna_v1", VISION, 500)(source[0])
     with Image.open(images / "sub/b.jpg") as picture:
-        same = encode_sample(source[0] | {"image": picture}, tokenizer, "vicuna_v1", VISION, 500)
+        same = Encoder(tokenizer, "vicuna_v1", VISION, 500)(source[0] | {"image": picture})
     assert (sample.ids, sample.loss_mask, sample.key, sample.cut) == (same.ids, same.loss_mask, "s0", False)
     assert torch.equal(sample.images[0][0], same.images[0][0]) and sample.images[0][1] == same.images[0][1] == (8, 2)
-    assert count_tokens(source[0], tokenizer, "vicuna_v1", VISION, 500) == (len(sample.ids) - 1, 16)
+    assert Encoder(tokenizer, "vicuna_v1", VISION, 500).count(source[0]) == (len(sample.ids) - 1, 16)
 
 
 def test_long_samples_are_cut_after_an_answer(images, tokenizer):
@@ -172,17 +169,17 @@ def test_long_samples_are_cut_after_an_answer(images, tokenizer):
     lengths = []
     for rounds in (1, 2, 3):
         cut = entry | {"image": [picture] * (1 + rounds // 3), "conversations": entry["conversations"][:2 * rounds]}
-        whole = encode_sample(cut, tokenizer, "vicuna_v1", VISION, 10 ** 6)
+        whole = Encoder(tokenizer, "vicuna_v1", VISION, 10 ** 6)(cut)
         lengths.append(len(whole.ids) + 15 * len(whole.images))
         for most in (lengths[-1], lengths[-1] + 1):
-            sample = encode_sample(entry, tokenizer, "vicuna_v1", VISION, most)
+            sample = Encoder(tokenizer, "vicuna_v1", VISION, most)(entry)
             assert sample.ids == whole.ids and sample.loss_mask == whole.loss_mask and sample.cut == (rounds < 3)
             assert len(sample.images) == sample.ids.count(IMAGE_TOKEN) == (2 if rounds == 3 else 1)
-    assert len(encode_sample(entry, tokenizer, "vicuna_v1", VISION, lengths[2] - 1).images) == 1  # never half a picture
+    assert len(Encoder(tokenizer, "vicuna_v1", VISION, lengths[2] - 1)(entry).images) == 1  # never half a picture
     with pytest.raises(UserError, match="first question and answer alone"):
-        encode_sample(entry, tokenizer, "vicuna_v1", VISION, lengths[0] - 1)
+        Encoder(tokenizer, "vicuna_v1", VISION, lengths[0] - 1)(entry)
     with pytest.raises(UserError, match="no image encoder"):
-        encode_sample(entry, tokenizer, "vicuna_v1", None, 500)
+        Encoder(tokenizer, "vicuna_v1", None, 500)(entry)
 
 
 @pytest.mark.parametrize("resize", ["native", "square", "pad"])
@@ -274,8 +271,9 @@ def test_ranks_work_alike_on_the_papers_mix(world):
     work, waiting, fill = [], [], []
     for _, indices, step_costs in plan.steps(0, 40):
         assert np.array_equal(step_costs, costs[indices])
-        dealt = [[step_costs[ranks].sum() for ranks in micro_batch] for micro_batch in assign_to_ranks(step_costs, world, 16384)]
-        dealt = np.array(dealt)                                            # (micro-batches, ranks)
+        micro_batch_of, rank_of = assign_to_ranks(step_costs, world, 16384)
+        dealt = np.zeros((micro_batch_of.max() + 1, world))
+        np.add.at(dealt, (micro_batch_of, rank_of), step_costs)
         work.append(1 - dealt.sum(0).min() / dealt.sum(0).max())
         waiting.append(1 - dealt.mean() / dealt.max(1).mean())             # ranks meet at every micro-batch
         fill.append(dealt.mean() / 16384)
@@ -302,9 +300,9 @@ def test_odd_entries_of_a_list_are_told_and_left_out(tmp_path):
     assert "before the first question" in file.problems[0][1] and "not valid JSON" in file.problems[1][1]
 
 
-@pytest.mark.parametrize("argument", ["", "x.json:1e400"])
-def test_data_arguments_that_name_nothing(argument):
-    with pytest.raises(UserError, match="--data"):
+@pytest.mark.parametrize("argument, message", [("", "'': no such file"), ("x.json:1e400", "--data")])
+def test_data_arguments_that_name_nothing(argument, message):
+    with pytest.raises(UserError, match=message):
         open_mixture([argument], None)
 
 
@@ -330,9 +328,9 @@ def world(tmp_path, images, tokenizer):
                {"id": f"s{i}", "conversations": turns("a " * (i // 4), "a cat", *["what", "a dog"] * (i // 6))} for i in range(60)]
     entries[10]["image"] = entries[11]["image"] = "broken.png"
     data = Mixture([ConversationFile(write(tmp_path / "d.json", entries), images)])
-    settings = (tokenizer, "vicuna_v1", VISION, 75)
-    cost = lambda conversation: sample_cost(PRESETS["tiny"])(*count_tokens(conversation, *settings))
-    return data, cost, lambda conversation: encode_sample(conversation, *settings)
+    encode = Encoder(tokenizer, "vicuna_v1", VISION, 75)
+    cost = lambda conversation: sample_cost(PRESETS["tiny"])(*encode.count(conversation))
+    return data, cost, encode
 
 
 def test_loader_gives_the_same_batches_for_any_number_of_workers_and_reports_the_broken(world):
@@ -341,9 +339,8 @@ def test_loader_gives_the_same_batches_for_any_number_of_workers_and_reports_the
     random_state = torch.get_rng_state()
     runs = []
     for workers in (0, 2):
-        loader = Loader(Plan(data, 12, 0, cost, budget=400, workers=workers), encode, 0, 5)
-        runs.append(list(loader))
-        assert loader.waited > 0
+        runs.append(list(load_batches(Plan(data, 12, 0, cost, budget=400, workers=workers), encode, 0, 5)))
+        assert sum(packed.waited for packed in runs[-1]) > 0
     for one, other in zip(*runs, strict=True):
         for name in ("step", "last", "keys", "bad", "cut"):
             assert getattr(one, name) == getattr(other, name)
@@ -364,7 +361,7 @@ def test_a_micro_batch_of_broken_samples_alone_still_has_a_row(world):
 
     def refuse(conversation):
         raise KeyError("picture")
-    packed = next(iter(Loader(Plan(data, 4, 0), refuse, 0, 1)))
+    packed = next(iter(load_batches(Plan(data, 4, 0), refuse, 0, 1)))
     assert len(packed.bad) == 4 and packed.bad[0][1] == "KeyError: 'picture'"
     assert packed.keys == [] and len(packed.batch.ids) == 1 and len(packed.batch.targets) == 0
 
@@ -372,7 +369,7 @@ def test_a_micro_batch_of_broken_samples_alone_still_has_a_row(world):
 def test_real_tokens_are_all_there_is(world):
     """No padding: the rows of a batch are the tokens of its samples."""
     data, cost, encode = world
-    for packed in Loader(Plan(data, 12, 0, cost), encode, 0, 5):
+    for packed in load_batches(Plan(data, 12, 0, cost), encode, 0, 5):
         samples = [encode(data[i]) for i in range(len(data)) if data[i]["id"] in packed.keys]
         assert len(packed.batch.ids) == sum(len(s.ids) - len(s.images) for s in samples)
         assert len(packed.batch.patches) == sum(math.prod(grid) for s in samples for _, grid in s.images)
@@ -385,16 +382,15 @@ def test_a_loader_ends_its_processes_and_no_others_and_only_its_parent_ends_them
     data, cost, encode = world
     other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     other.start()
-    with Loader(Plan(data, 12, 0, cost, budget=400, workers=2), encode, 0, 5) as loader:
-        batches = iter(loader)
+    with contextlib.closing(load_batches(Plan(data, 12, 0, cost, budget=400, workers=2), encode, 0, 5)) as batches:
         first = next(batches)
         workers = [child for child in multiprocessing.active_children() if child is not other]
         assert len(workers) == 3                                       # two that pack, one that measures costs
         subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)])
         subprocess.run(["kill", "-INT", *(str(worker.pid) for worker in workers)])
         assert first.step == 0 and sum(packed.last for packed in [first, *batches]) == 5
-    with Loader(Plan(data, 12, 0, cost, budget=400, workers=2), encode, 0, 5) as loader:
-        next(iter(loader))
+    with contextlib.closing(load_batches(Plan(data, 12, 0, cost, budget=400, workers=2), encode, 0, 5)) as batches:
+        next(batches)
     deadline = time.time() + 20
     while multiprocessing.active_children() != [other] and time.time() < deadline:
         time.sleep(0.01)
@@ -406,11 +402,10 @@ def test_a_loader_ends_its_processes_and_no_others_and_only_its_parent_ends_them
 FORGETFUL = """
 import atexit, signal
 before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
-from nanoeemllm.data import Loader, Mixture, Plan, Sample
+from nanoeemllm.data import Mixture, Plan, Sample, load_batches
 assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
 data = Mixture([[{"id": "a"}] * 1000])
-loader = Loader(Plan(data, 10, 0, workers=2), lambda conversation: Sample([1, 2], [False, True], [], "a"), 0, 100)
-batches = iter(loader)
+batches = load_batches(Plan(data, 10, 0, workers=2), lambda conversation: Sample([1, 2], [False, True], [], "a"), 0, 100)
 print(next(batches).keys[0])
 """
 

@@ -13,11 +13,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from nanoeemllm.weights import folder as weights
 from nanoeemllm.paths import PATHS
-from nanoeemllm.data import Loader, Packed
+from nanoeemllm.data import Packed, load_batches
 from nanoeemllm.data import collate
 from nanoeemllm.training.distributed import save_model, shard_model
 from nanoeemllm.training.step import Stopped
-from train import accumulate
+from train import accumulate, mean_loss
 from tiny_run import (ALONE, Talks, encode, free_port, gradients, in_processes, metrics, start, tensors, tiny_model, tiny_plan,
                       tiny_run)
 
@@ -56,8 +56,8 @@ def save_gradients(group, file, budget, checkpointed=False):
     model = tiny_model()
     model.decoder.checkpoint_activations = checkpointed
     shard_model(model, group)
-    seen, *_ = accumulate(model, Loader(tiny_plan(budget=budget), encode, 0, 1, group.rank, group.size), backward=True)
-    learned = seen.over(group).targets
+    seen, *_ = accumulate(model, load_batches(tiny_plan(budget=budget), encode, 0, 1, group.rank, group.size), backward=True)
+    learned = group.sum(seen)["targets"]
     found = {name: grad * group.size / learned for name, grad in gradients(model).items()}
     if group.is_first:
         torch.save(found, file)
@@ -116,12 +116,12 @@ def in_bfloat16(group, folder):
     stored = shard_model(model, group, torch.bfloat16)
     for name, p in model.named_parameters():
         assert p.dtype == (torch.bfloat16 if name.startswith("vision.") else torch.float32)
-    seen, *_ = accumulate(model, Loader(tiny_plan(), encode, 0, 1, group.rank, group.size), backward=True)
+    seen, *_ = accumulate(model, load_batches(tiny_plan(), encode, 0, 1, group.rank, group.size), backward=True)
     found = gradients(model)
     assert {g.dtype for g in found.values()} == {torch.float32}
     whole = tiny_model()
-    exact, *_ = accumulate(whole, Loader(tiny_plan(), encode, 0, 1), backward=True)
-    assert seen.over(group).mean_loss == pytest.approx(exact.mean_loss, rel=0.02)
+    exact, *_ = accumulate(whole, load_batches(tiny_plan(), encode, 0, 1), backward=True)
+    assert mean_loss(group.sum(seen)) == pytest.approx(mean_loss(exact), rel=0.02)
     for name, grad in gradients(whole).items():
         error = (found[name] * group.size - grad).norm() / grad.norm()
         assert error < 0.15, (name, error)
@@ -138,18 +138,17 @@ def test_bfloat16_compute_keeps_float32_weights_and_writes_what_it_was_given(tmp
 
 # ---- stop on one number of processes, go on with another ----
 
-class Interrupted(Loader):
+def interrupted(*arguments):
     """The last rank gets a SIGTERM in step 5."""
-    def __iter__(self):
-        for p in super().__iter__():
-            if p.step == 4 and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield p
+    for p in load_batches(*arguments):
+        if p.step == 4 and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield p
 
 
 def stop_in_the_middle(group, folder):
     with pytest.raises(Stopped, match="stopped after step 5 of 8.*--resume"):
-        tiny_run(folder, group, loader=Interrupted, checkpoint_every=100)
+        tiny_run(folder, group, loader=interrupted, checkpoint_every=100)
 
 
 def go_on(group, folder):

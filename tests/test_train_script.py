@@ -49,7 +49,7 @@ def on_files(world, out, stage, *more):
 
 
 def test_both_stages_learn_from_files(world, tmp_path, capsys):
-    on_files(world, tmp_path, "pretrain", "--init", world / "start", "--epochs", 2, "--val-data", world / "pretrain.json")
+    on_files(world, tmp_path, "pretrain", "--init", world / "start", "--steps", 10, "--val-data", world / "pretrain.json")
     on_files(world, tmp_path, "finetune", "--steps", 12)
     lines = [json.loads(line) for line in (tmp_path / "finetune-run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and lines[-1]["loss"] < lines[0]["loss"]

@@ -15,15 +15,14 @@ from torch import nn
 
 from nanoeemllm.weights import folder as weights
 from nanoeemllm.config import IMAGE_TOKEN, UserError
-from nanoeemllm.data import Loader, Packed, Sample
+from nanoeemllm.data import Packed, Sample, load_batches
 from nanoeemllm.data import collate
 from nanoeemllm.paths import make
 from nanoeemllm.training.config import TrainConfig, learning_rate
-from nanoeemllm.training.distributed import is_whole
 from nanoeemllm.training.run_folder import RunFolder
-from nanoeemllm.training.step import StepMetrics, Stopped
+from nanoeemllm.training.step import Stopped
 from test_border import killed_at
-from train import accumulate
+from train import accumulate, mean_loss
 from tiny_run import (ALONE, Talks, encode, gradients, in_processes, metrics, start, tensors, tiny_config, tiny_model,
                       tiny_plan, tiny_run)
 
@@ -34,10 +33,10 @@ from tiny_run import (ALONE, Talks, encode, gradients, in_processes, metrics, st
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_gradients_equal_an_unpacked_loop_in_float64(stage, path, settings):
     """A sample at a time, its loss written out over all of its logits."""
-    packed = list(Loader(tiny_plan(budget=3), encode, 0, 1))
+    packed = list(load_batches(tiny_plan(budget=3), encode, 0, 1))
     model = tiny_model(path, stage, **settings).double()
     seen, *_ = accumulate(model, packed, backward=True)
-    found = {name: grad / seen.targets for name, grad in gradients(model).items()}
+    found = {name: grad / seen["targets"] for name, grad in gradients(model).items()}
 
     slow = tiny_model(path, stage, **settings).double()
     total, count = 0.0, 0
@@ -52,7 +51,7 @@ def test_gradients_equal_an_unpacked_loop_in_float64(stage, path, settings):
                 total, count = total - log_p[row, word], count + 1
     (total / count).backward()
 
-    assert count == seen.targets and seen.mean_loss == pytest.approx((total / count).item(), rel=1e-6)
+    assert count == seen["targets"] and mean_loss(seen) == pytest.approx((total / count).item(), rel=1e-6)
     expected = gradients(slow)
     assert found.keys() == expected.keys() == {name for name, p in slow.named_parameters() if p.requires_grad}
     for name in found:
@@ -109,25 +108,19 @@ def encode_picture(side: int):
 
 # ---- nothing lost ----
 
-class Logged(Loader):
-    """Writes down every sample that is handed out."""
-    file = ""
-
-    def __iter__(self):
-        last = None
-        for p in super().__iter__():
-            with open(Logged.file, "a") as file:
-                file.write(json.dumps([p.step, p.step != last, p.keys]) + "\n")
-            last = p.step
-            yield p
-
-
 STEPS = 48
 
 
 def logged_run(group, folder):
-    Logged.file = folder / "log"
-    tiny_run(folder, steps=STEPS, loader=Logged, plan=tiny_plan(STEPS * 4, budget=4), resume=True, checkpoint_every=1)
+    def logged(*arguments):
+        """Writes down every sample that is handed out."""
+        last = None
+        for p in load_batches(*arguments):
+            with open(folder / "log", "a") as file:
+                file.write(json.dumps([p.step, p.step != last, p.keys]) + "\n")
+            last = p.step
+            yield p
+    tiny_run(folder, steps=STEPS, loader=logged, plan=tiny_plan(STEPS * 4, budget=4), resume=True, checkpoint_every=1)
 
 
 def samples_of(folder) -> list[list[str]]:
@@ -172,15 +165,14 @@ def test_ten_kills_change_no_bit_and_lose_no_sample(tmp_path):
 def test_resuming_is_bit_identical_and_keeps_two_checkpoints(tmp_path):
     tiny_run(tmp_path / "straight", steps=20)
 
-    class Interrupted(Loader):
-        def __iter__(self):
-            for p in super().__iter__():
-                if p.step == 10:
-                    os.kill(os.getpid(), signal.SIGINT)
-                yield p
+    def interrupted(*arguments):
+        for p in load_batches(*arguments):
+            if p.step == 10:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield p
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Stopped, match="after step 11 of 20.*--resume"):
-        tiny_run(tmp_path / "stopped", steps=20, loader=Interrupted)
+        tiny_run(tmp_path / "stopped", steps=20, loader=interrupted)
     assert signal.getsignal(signal.SIGINT) is before
     run = tiny_run(tmp_path / "stopped", steps=20, resume=True)
     assert run.saved_steps() == [18, 20]
@@ -195,7 +187,7 @@ def test_a_checkpoint_cut_short_is_recognised_and_the_one_before_it_used(tmp_pat
     newest = run.checkpoints / "step-00000008"
     file = max(newest.iterdir(), key=lambda f: f.stat().st_size)
     os.truncate(file, file.stat().st_size - 100)
-    assert not is_whole(newest, ALONE) and is_whole(run.checkpoints / "step-00000006", ALONE)
+    assert not run.is_whole(8) and run.is_whole(6)
     with open(run.metrics, "a") as file:
         file.write('{"step": 9, "lo')                                    # a line cut short
     tiny_run(tmp_path / "cut", resume=True)
@@ -212,10 +204,10 @@ def test_a_checkpoint_of_changed_bytes_is_recognised_and_the_one_before_it_used(
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert not is_whole(newest, ALONE)
+    assert not run.is_whole(8)
     before = tensors(tmp_path / "model")
     tiny_run(tmp_path, resume=True)
-    assert "step 8 is not whole" in capsys.readouterr().out and is_whole(newest, ALONE)
+    assert "step 8 is not whole" in capsys.readouterr().out and run.is_whole(8)
     assert all(torch.equal(x, before[name]) for name, x in tensors(tmp_path / "model").items())
 
 
@@ -225,7 +217,7 @@ def test_runs_of_the_first_edition_are_refused_with_a_line_that_says_what_to_do(
     settings = json.loads((run.folder / "run.json").read_text())
     del settings["format"]
     (run.folder / "run.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"is a run of another edition: finish it with the release that began it, or .*--force"):
+    with pytest.raises(UserError, match=r"cannot be resumed: format was None and is now 2: go on with .*the release that began it, or .*--force"):
         tiny_run(tmp_path, steps=8, resume=True)
     assert run.saved_steps() == [6, 8]
 
@@ -299,14 +291,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     class Enough(Exception):
         pass
 
-    class Ended(Loader):
-        def __iter__(self):
-            for p in super().__iter__():
-                if p.step == 3:
-                    raise Enough
-                yield p
+    def ended(*arguments):
+        for p in load_batches(*arguments):
+            if p.step == 3:
+                raise Enough
+            yield p
     with pytest.raises(Enough):
-        tiny_run(tmp_path, steps=4, loader=Ended)
+        tiny_run(tmp_path, steps=4, loader=ended)
     in_processes(1, fill_the_disk, tmp_path)
     names = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert names == ["step-00000002"]
@@ -370,12 +361,12 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
 
 def test_a_micro_batch_of_broken_samples_counts_for_nothing():
     plan = tiny_plan(8, budget=1, broken=(0, 1, 2))
-    packed = list(Loader(plan, encode, 0, 1))
+    packed = list(load_batches(plan, encode, 0, 1))
     assert sum(not p.keys for p in packed) == 3
     model, other = tiny_model(), tiny_model()
     seen, *_ = accumulate(model, packed, backward=True)
     expected, *_ = accumulate(other, [p for p in packed if p.keys], backward=True)
-    assert seen.bad == 3 and (seen.loss, seen.targets) == (expected.loss, expected.targets)
+    assert seen["bad"] == 3 and all(seen[name] == expected[name] for name in ("loss", "targets"))
     found, whole = gradients(model), gradients(other)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
@@ -385,19 +376,18 @@ def test_a_step_without_anything_to_learn_is_a_step_of_zero(stage):
     nothing = Packed(0, True, collate([Sample([0], [False], [], "")]), [], [("x", "broken")], 0)
     model = tiny_model(stage=stage)
     seen, *_ = accumulate(model, [nothing], backward=True)
-    assert seen.mean_loss == 0 and all((grad == 0).all() for grad in gradients(model).values())
+    assert mean_loss(seen) == 0 and all((grad == 0).all() for grad in gradients(model).values())
     assert gradients(model).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
-    class Poisoned(Loader):
-        def __iter__(self):
-            for p in super().__iter__():
-                if p.step == 5 and len(p.batch.patches):
-                    p.batch.patches[0, 0] = float("nan")
-                yield p
+    def poisoned(*arguments):
+        for p in load_batches(*arguments):
+            if p.step == 5 and len(p.batch.patches):
+                p.batch.patches[0, 0] = float("nan")
+            yield p
     with pytest.raises(UserError, match=r"the loss is nan .* at step 6, samples talk-\d+.*the last checkpoint stands"):
-        tiny_run(tmp_path, loader=Poisoned, plan=tiny_plan(budget=2))
+        tiny_run(tmp_path, loader=poisoned, plan=tiny_plan(budget=2))
     assert len(metrics(tmp_path)) == 5
     assert tiny_run(tmp_path, resume=True, plan=tiny_plan(budget=2)).saved_steps() == [6, 8]
 
@@ -413,9 +403,9 @@ def test_out_of_memory_says_what_was_computed_and_what_to_lower(tmp_path, monkey
     broken = nn.Linear(1, 1)
     monkeypatch.setattr(model.decoder, "logits", lambda *_: broken(torch.zeros(2, 3)))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):       # any other error stays what it is
-        accumulate(model, Loader(tiny_plan(), encode, 0, 1), backward=True)
+        accumulate(model, load_batches(tiny_plan(), encode, 0, 1), backward=True)
 
 
 def test_seen_sums_over_processes():
-    seen = StepMetrics(loss=6.0, targets=3.0)
-    assert seen.over(ALONE) == seen and seen.mean_loss == 2.0 and StepMetrics().mean_loss == 0.0
+    seen = {"loss": 6.0, "targets": 3.0}
+    assert ALONE.sum(seen) == seen and mean_loss(seen) == 2.0 and mean_loss({"loss": 0.0, "targets": 0}) == 0.0

@@ -18,7 +18,7 @@ from nanoeemllm.weights import folder as weights
 from nanoeemllm.paths import make
 from nanoeemllm.weights.initialize import initialize
 from nanoeemllm.config import LlamaConfig, ModelConfig, VisionConfig
-from nanoeemllm.data import Loader, Mixture, Plan, encode_sample
+from nanoeemllm.data import Encoder, Mixture, Plan, load_batches
 from nanoeemllm.model import EEMLLM
 from nanoeemllm.weights.tokenizer import Tokenizer
 from nanoeemllm.toy import make_tokenizer
@@ -86,11 +86,11 @@ def tiny_plan(length: int = 64, batch_size: int = 8, budget: float | None = None
 
 def encode(conversation: dict):
     config = tiny_config()
-    return encode_sample(conversation, tiny_tokenizer(), config.chat_template, config.vision, 200)
+    return Encoder(tiny_tokenizer(), config.chat_template, config.vision, 200)(conversation)
 
 
 def tiny_run(folder: Path, group: ProcessGroup = ALONE, stage: str = "finetune", path: str = "eemllm", steps: int = 8,
-             loader: type = Loader, plan: Plan | None = None, resume: bool = False, checkpoint_every: int = 2,
+             loader=load_batches, plan: Plan | None = None, resume: bool = False, checkpoint_every: int = 2,
              max_bad: float = 0.01, model: EEMLLM | None = None, held_out: Plan | None = None) -> RunFolder:
     """A whole run in folder/run, and its model in folder/model."""
     model = model or tiny_model(path, stage)
@@ -99,7 +99,7 @@ def tiny_run(folder: Path, group: ProcessGroup = ALONE, stage: str = "finetune",
     plan = plan or tiny_plan()
     run = RunFolder(folder / "run", {**dataclasses.asdict(config), "visual_path": {"name": path}}, group, resume)
     train(model, lambda first: loader(plan, encode, first, steps, group.rank, group.size), config, run, group,
-          held_out and (lambda: Loader(held_out, encode, 0, held_out.steps_per_epoch, group.rank, group.size)),
+          held_out and (lambda: load_batches(held_out, encode, 0, held_out.steps_per_epoch, group.rank, group.size)),
           checkpoint_every, max_bad)
     save_model(model, stored, group, folder / "model")
     return run

@@ -42,16 +42,15 @@ def open_regular(path) -> BinaryIO:
     raise UserError(f"{quoted(path)}: {why}")
 
 
-def read_json(path, kind: type = dict):
-    """What a JSON file holds, a `kind`. NaN and numbers beyond a float's range are refused."""
+def read_json(path) -> dict:
+    """The object in a JSON file. NaN and numbers beyond a float's range are refused."""
     with open_regular(path) as file:
         try:
             data = json.loads(file.read(), parse_constant=_finite, parse_float=_finite)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{quoted(path)} cannot be read as JSON: {error}") from None
-    if not isinstance(data, kind):
-        what = {dict: "object", list: "list"}[kind]
-        raise UserError(f"{quoted(path)} must hold a JSON {what}, not {type(data).__name__}")
+    if not isinstance(data, dict):
+        raise UserError(f"{quoted(path)} must hold a JSON object, not {type(data).__name__}")
     return data
 
 

@@ -2,9 +2,8 @@
 
 from nanoeemllm.data.conversations import ConversationFile
 from nanoeemllm.data.images import patch_grid
-from nanoeemllm.data.loading import Loader, Packed
-from nanoeemllm.data.packing import (Mixture, Plan, Sample, collate, count_tokens, encode_sample,
-                                     open_mixture)
+from nanoeemllm.data.loading import Packed, load_batches
+from nanoeemllm.data.packing import Encoder, Mixture, Plan, Sample, collate, open_mixture
 
-__all__ = ["ConversationFile", "Loader", "Mixture", "Packed", "Plan", "Sample", "collate",
-           "count_tokens", "encode_sample", "open_mixture", "patch_grid"]
+__all__ = ["ConversationFile", "Encoder", "Mixture", "Packed", "Plan", "Sample", "collate",
+           "load_batches", "open_mixture", "patch_grid"]

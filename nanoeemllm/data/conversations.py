@@ -79,12 +79,9 @@ def _entries(file) -> Iterator[tuple[int, int, str, object]]:
 
 
 def _line_entries(file) -> Iterator[tuple[int, int, str, object]]:
-    start = file.tell()
-    for number, line in enumerate(file, start=1):
-        end = start + len(line)
+    for number, line in enumerate(iter(file.readline, b""), start=1):
         if line.strip():
-            yield start, end, f"line {number}", _parse(line)
-        start = end
+            yield file.tell() - len(line), file.tell(), f"line {number}", _parse(line)
 
 
 def _parse(text: bytes) -> object:
@@ -132,28 +129,27 @@ def find_problem(entry, images: Path | None) -> str | None:
     """Why a conversation cannot be trained on, as far as its text and its files' names tell."""
     if isinstance(entry, Exception):
         return f"not valid JSON: {entry}"
-    if not isinstance(entry, dict):
-        return "not an object"
-    turns = entry.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        return 'no "conversations"'
-    for turn in turns:
-        if not (isinstance(turn, dict) and isinstance(turn.get("from"), str)
-                and isinstance(turn.get("value"), str)):
-            return 'a turn without "from" or "value"'
-    if turns[0]["from"] in ("system", "gpt"):                # as encode_conversation
-        if IMAGE_TEXT in turns[0]["value"]:
+    try:
+        turns = [(turn["from"], turn["value"]) for turn in entry["conversations"]]
+        speakers, texts = zip(*turns)
+        readable = {*map(type, speakers + texts)} == {str}
+    except (TypeError, KeyError, ValueError):                # ValueError: there are no turns
+        readable = False
+    if not readable:
+        return 'no "conversations", a list of turns with "from" and "value"'
+    if speakers[0] in ("system", "gpt"):                     # as encode_conversation
+        if IMAGE_TEXT in texts[0]:
             return f"{IMAGE_TEXT} before the first question"
-        turns = turns[1:]
-    answers = [turn["value"] for turn in turns[1::2]]
-    if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * len(answers):
+        speakers, texts = speakers[1:], texts[1:]
+    answers = texts[1::2]
+    if not answers or speakers != ("human", "gpt") * len(answers):
         return 'roles out of order: "human" and "gpt" must take turns, human first, gpt last'
-    if not all(answer.strip() for answer in answers):
+    if not all(map(str.strip, answers)):
         return "an empty answer"
     if any(IMAGE_TEXT in answer for answer in answers):
         return f"{IMAGE_TEXT} in an answer"
     names = image_names(entry)
-    placed = sum(turn["value"].count(IMAGE_TEXT) for turn in turns)
+    placed = sum(text.count(IMAGE_TEXT) for text in texts)
     if placed != len(names):
         return f'{placed} {IMAGE_TEXT} in the text but {len(names)} in "image"'
     for name in names:

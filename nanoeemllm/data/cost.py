@@ -9,11 +9,13 @@ images in front.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
@@ -41,89 +43,73 @@ def attend_backward_operations(dout, out, lse, q, k_visual, v_visual, k_text, v_
     return 2 * attend_operations(q, k_visual, v_visual, k_text, v_text, tables)
 
 
-def operations(config: ModelConfig, samples: Samples, stage: str | None = None,
-               rectangles: bool = False, logits: int = 1) -> tuple[float, float, float]:
-    """The language model's, the projector's and the encoder's in a prefill; with a stage, in a
-    training step. logits: rows of them a sample."""
-    hidden_pairs = 0
-
-    def count_rectangle(q, keys, sees):
-        nonlocal hidden_pairs
-        length = sees.visual.length.long() + sees.text.length
-        pairs = (sees.query.length * length).sum() - sees.sees_visual.sum() - sees.sees_text.sum()
-        hidden_pairs += 4 * int(pairs) * q.shape[1] * q.shape[2]
-        return compute(q, keys, sees)
-
-    with (use_attention(count_rectangle) if rectangles else contextlib.nullcontext(),
-          FlopCounterMode(display=False) as counted):
-        run(config, samples, stage, False, logits * len(samples))
+def operations(config: ModelConfig, samples: Samples, rectangles: bool = False,
+               logits: int = 1) -> tuple[float, float, float]:
+    """The language model's, the projector's and the encoder's in a prefill. logits: rows of them a
+    sample."""
+    model, batch = meta_batch(config, samples, logits * len(samples))
+    with (use_attention(as_rectangle) if rectangles else contextlib.nullcontext(),
+          FlopCounterMode(display=False) as counted, torch.no_grad()):
+        model(batch)
     counts = counted.get_flop_counts()
-    projector, encoder = (sum(counts[part].values()) if part in counts else 0
+    projector, encoder = (sum(counts.get(part, {}).values())
                           for part in ("EEMLLM.projector", "EEMLLM.vision"))
-    language = counted.get_total_flops() - projector - encoder
-    return language + hidden_pairs, projector, encoder
+    return counted.get_total_flops() - projector - encoder, projector, encoder
 
 
-def run(config: ModelConfig, samples: Samples, stage: str | None, checkpoint_activations: bool,
-        target_rows: int, save: Callable | None = None):
-    """A forward pass on meta; with a stage a backward pass as well. save: is called with every
-    tensor that is saved for it."""
-    model = meta_model(config)
-    grids = [image_grids(config, visual) if visual else [] for _, visual in samples]
-    ids, layout = build_layout([[IMAGE_TOKEN] * len(images) + [1] * text
-                                for (text, _), images in zip(samples, grids)], grids)
-    patch_dim = config.vision.patch_dim if config.vision else 0
-    rows = torch.zeros(target_rows, dtype=torch.long, device="meta")
-    batch = Batch(ids.to("meta"), layout, torch.empty(layout.num_visual, patch_dim, device="meta"),
-                  rows, rows, [])
-    model.decoder.checkpoint_activations = checkpoint_activations
-    if stage is None:
-        with torch.no_grad():
-            model(batch)
-        return
-    for name, p in model.named_parameters():
-        p.requires_grad_(is_trained(name, stage))
-
-    def pack(x):
-        if save is not None:
-            save(x)
-        return x
-
-    with saved_tensors_hooks(pack, lambda x: x):
-        loss = model(batch)
-    loss.backward()
-    model.zero_grad()
-
-
-def image_grids(config: ModelConfig, visual: list[int]) -> list[tuple[int, int]]:
-    """CLIP takes images of one size alone: as many as come nearest."""
-    side = config.vision.grid_size
-    if config.vision.architecture == "clip":
-        return [(side, side)] * round(sum(visual) / side ** 2)
-    return [(1, n) for n in visual]
-
-
-@functools.lru_cache(maxsize=4)
-def meta_model(config: ModelConfig) -> EEMLLM:
-    with torch.device("meta"):
-        return EEMLLM(config).to(torch.bfloat16)
+def as_rectangle(q, keys, sees):
+    """Attention in which every query sees all keys of its sample. Which row has which count does
+    not matter here, their sum does."""
+    rows = sees.query.length.long()
+    counts = [span.length.repeat_interleave(rows) for span in (sees.visual, sees.text)]
+    visual, text = (F.pad(count, (0, len(q) - len(count))) for count in counts)
+    return compute(q, keys, dataclasses.replace(sees, sees_visual=visual, sees_text=text))
 
 
 def step(config: ModelConfig, samples: Samples, stage: str, checkpoint_activations: bool,
          target_rows: int) -> tuple[float, float]:
     """(operations, bytes saved for the backward pass) of a training step, the latter at the end of
     the forward pass: each storage once, without the weights."""
-    weights = {p.untyped_storage()._cdata for p in meta_model(config).parameters()}
-    saved = {}                         # storages, held so that none is counted under two names
+    model, batch = meta_batch(config, samples, target_rows)
+    model.decoder.checkpoint_activations = checkpoint_activations
+    weights, saved = set(), {}         # storages, held so that none is counted under two names
+    for name, p in model.named_parameters():
+        p.requires_grad_(is_trained(name, stage))
+        weights.add(p.untyped_storage()._cdata)
 
     def save(x):
         storage = x.untyped_storage()
         if storage._cdata not in weights and x.is_meta:
             saved[storage._cdata] = storage
+        return x
 
     with FlopCounterMode(display=False) as counted:
-        run(config, samples, stage, checkpoint_activations, target_rows, save)
+        with saved_tensors_hooks(save, lambda x: x):
+            loss = model(batch)
+        loss.backward()
+    model.zero_grad()
     return counted.get_total_flops(), sum(storage.nbytes() for storage in saved.values())
+
+
+def meta_batch(config: ModelConfig, samples: Samples, target_rows: int) -> tuple[EEMLLM, Batch]:
+    """The model and packed samples on meta. CLIP takes images of one size alone: as many as come
+    nearest."""
+    grids = [[(1, n) for n in visual] for _, visual in samples]
+    if config.vision and config.vision.architecture == "clip":
+        side = config.vision.grid_size
+        grids = [[(side, side)] * round(sum(visual) / side ** 2) for _, visual in samples]
+    ids, layout = build_layout([[IMAGE_TOKEN] * len(images) + [1] * text
+                                for (text, _), images in zip(samples, grids)], grids)
+    patch_dim = config.vision.patch_dim if config.vision else 0
+    rows = torch.zeros(target_rows, dtype=torch.long, device="meta")
+    patches = torch.empty(layout.num_visual, patch_dim, device="meta")
+    return meta_model(config), Batch(ids.to("meta"), layout, patches, rows, rows, [])
+
+
+@functools.lru_cache(maxsize=4)
+def meta_model(config: ModelConfig) -> EEMLLM:
+    with torch.device("meta"):
+        return EEMLLM(config).to(torch.bfloat16)
 
 
 @functools.lru_cache(maxsize=4)
@@ -133,19 +119,17 @@ def sample_cost(config: ModelConfig) -> Callable[[int, int], float]:
     The frozen encoder runs forward, the rest forward and backward, three times as much. Work is a
     polynomial in both numbers, of the second degree, so that a few passes give it exactly.
     """
-    has_one_size = config.vision and config.vision.architecture == "clip"
-    image = config.vision.grid_size ** 2 if has_one_size else 64
-    points = [(2, 0), (16, 0), (40, 0)]
-    if config.vision:
-        points += [(2, image), (16, image), (2, 2 * image)]
-
     def terms(text: int, visual: int) -> list[float]:
         return [1, text, text * text, visual, text * visual, visual * visual][:len(points)]
 
+    points = [(2, 0), (16, 0), (40, 0)]
+    if config.vision:
+        image = config.vision.grid_size ** 2 if config.vision.architecture == "clip" else 64
+        points += [(2, image), (16, image), (2, 2 * image)]
     work = []
     for text, visual in points:
-        images = [image] * (visual // image) if has_one_size else [visual] * bool(visual)
-        language, projector, encoder = operations(config, [(text, images)], logits=0)
+        language, projector, encoder = operations(config, [(text, [visual] * bool(visual))],
+                                                  logits=0)
         work.append(3 * (language + projector) + encoder)
     matrix = np.array([terms(*point) for point in points], dtype=float)
     scale = matrix.max(axis=0).clip(min=1)

@@ -32,14 +32,15 @@ def patch_grid(source, vision: VisionConfig) -> tuple[int, int]:
     """The grid that prepare_image will make of what load_image takes."""
     if vision.resize != "native":
         return vision.grid_size, vision.grid_size
-    is_open = isinstance(source, Image.Image)
-    width, height = _upright_size(source) if is_open else _read(source, _upright_size)
-    width, height = native_size(width, height, vision.image_size, vision.min_image_size)
+    width, height = native_size(*_read(source, _upright_size), vision.image_size,
+                                vision.min_image_size)
     return height // vision.patch_size, width // vision.patch_size
 
 
 def _read(source, function: Callable):
-    """function(the picture in a file)"""
+    """function(the picture in a file, or as it is)"""
+    if isinstance(source, Image.Image):
+        return function(source)
     if isinstance(source, (str, Path)):
         with open_regular(source) as file:
             return _read(file, function)

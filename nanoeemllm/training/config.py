@@ -43,9 +43,7 @@ def stage_config(stage: str, args: argparse.Namespace, samples: int | None = Non
     """The tiny world's settings, or the paper's for so many samples, changed by the flags."""
     default = TINY[stage] if samples is None else PAPER[stage]
     batch_size = args.batch_size or default.batch_size
-    steps = args.steps or default.steps
-    if not steps:
-        steps = max(1, round((args.epochs or 1) * max(1, samples // batch_size)))
+    steps = args.steps or default.steps or max(1, samples // batch_size)       # one epoch
     return dataclasses.replace(default, seed=args.seed, steps=steps, batch_size=batch_size,
                                learning_rate=args.lr or default.learning_rate)
 
@@ -78,10 +76,9 @@ def trained_parameters(model: EEMLLM) -> dict[str, nn.Parameter]:
 
 def make_optimizer(params: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with its moments made; vectors (norms, biases) are not decayed."""
-    matrices = [p for p in params.values() if p.dim() > 1]
-    vectors = [p for p in params.values() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in params.values() if p.dim() > 1],
+               "weight_decay": config.weight_decay},
+              {"params": [p for p in params.values() if p.dim() <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     for p in params.values():
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
@@ -92,9 +89,8 @@ def make_optimizer(params: dict[str, nn.Parameter], config: TrainConfig) -> torc
 def training_state(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
                    ) -> dict[str, Tensor]:
     """Trained weights and AdamW's moments, by name: the tensors themselves, to save or read."""
-    state = {}
+    state = {name: p.detach() for name, p in params.items()}
     for name, p in params.items():
-        moments = optimizer.state[p]
-        state |= {name: p.detach(), f"{name} exp_avg": moments["exp_avg"],
-                  f"{name} exp_avg_sq": moments["exp_avg_sq"]}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[f"{name} {moment}"] = optimizer.state[p][moment]
     return state

@@ -1,4 +1,4 @@
-"""Several processes as one: who is who, the model sharded over all of them, and its state on disk.
+"""Several processes as one: who is who, and the model sharded over all of them.
 
 `torchrun` starts the processes. Each keeps a shard of every tensor (FSDP2): a layer's weights are
 gathered right before the layer runs and freed after it, gradients are summed where the shard lies,
@@ -7,18 +7,14 @@ layers compute in bfloat16, trained weights are kept in float32, and frozen ones
 """
 
 import contextlib
-import json
 import os
-import shutil
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -26,15 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from nanoeemllm.weights import folder as weights
 from nanoeemllm.border.command import device_from, from_environment
-from nanoeemllm.border.files import flush, quoted, write_aside
 from nanoeemllm.config import UserError
 from nanoeemllm.model import EEMLLM
 
 # No layer's output is changed in place; and one process may well save alone.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module|torch.distributed is disabled")
-
-WHOLE = "whole.json"      # written last: of every file in the checkpoint its checksum
-
 
 @dataclass(frozen=True)
 class ProcessGroup:
@@ -47,13 +39,13 @@ class ProcessGroup:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def sum(self, *values: float) -> list[float]:
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Each value summed over the processes."""
         if self.size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return values
+        total = torch.tensor([*values.values()], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return total.tolist()
+        return dict(zip(values, total.tolist()))
 
     def gather(self, found: list) -> list:
         """All processes' lists as one."""
@@ -166,53 +158,3 @@ def save_model(model: EEMLLM, stored: dict[str, Tensor], group: ProcessGroup, fo
             tensor.load()
     if group.size > 1:
         dist.barrier()
-
-
-# ---- checkpoints: PyTorch's own distributed format, the same for any number of processes ----
-
-def save_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup):
-    """Writes tensors (plain, or shards of whole ones): aside, flushed to the disk, then renamed.
-    Several machines must see the same folder. Raises UserError where it cannot be written."""
-    aside = folder.with_name(f".writing-{folder.name}")
-    try:
-        group.on_first(lambda: aside.mkdir(parents=True))
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(aside), no_dist=group.size == 1)
-        files = sorted(aside.iterdir())[group.rank::group.size]
-        entries = group.gather([(file.name, _checksum(file)) for file in files])
-        if group.is_first:
-            write_aside(aside / WHOLE, json.dumps(dict(entries)).encode())
-            aside.rename(folder)
-            flush(folder.parent)
-    except (OSError, UserError, dcp.api.CheckpointException) as error:
-        reasons = [str(e) for e, _ in getattr(error, "failures", {}).values()] or [str(error)]
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{quoted(folder)} cannot be written ({reasons[0].splitlines()[0]}): the "
-                        "checkpoint before it stands; make room on the disk and go on with "
-                        "--resume") from error
-
-
-def is_whole(folder: Path, group: ProcessGroup) -> bool:
-    """Whether a checkpoint has all its files, each with all its bytes unchanged."""
-    try:
-        entries = sorted(json.loads((folder / WHOLE).read_text()).items())[group.rank::group.size]
-        damaged = sum(_checksum(folder / name) != checksum for name, checksum in entries)
-    except (OSError, ValueError):
-        damaged = 1
-    return group.sum(damaged) == [0]
-
-
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while part := file.read(1 << 24):
-            checksum = zlib.crc32(part, checksum)
-    return checksum
-
-
-def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup):
-    """Reads a checkpoint into tensors of the same names and shapes, sharded in any way."""
-    try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=group.size == 1)
-    except dcp.api.CheckpointException as error:
-        raise UserError(f"{quoted(folder)} holds other tensors than this run trains: finish it "
-                        "with the version that began it, or train anew (--force)") from error

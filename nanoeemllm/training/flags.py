@@ -9,7 +9,7 @@ from nanoeemllm.config import PRESETS
 from nanoeemllm.paths import add_flags
 from nanoeemllm.training.config import MICRO_BATCH_TOKENS
 
-STEPS, SIZE = 10**8, 2**20
+SIZE = 2**20
 
 
 def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -19,11 +19,11 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="for the stages' folders")
     add("--init", type=Path, metavar="DIR", help="model folder to start from (the stage before's)")
     add_flags(parser)
-    add("--steps", type=positive(int, most=STEPS), help="optimizer steps of the stage")
+    add("--steps", type=positive(int), help="optimizer steps of the stage (one epoch)")
     add("--batch-size", type=positive(int, most=SIZE), help="samples a step, over all processes")
     add("--lr", type=positive(float, most=1000), help="highest learning rate")
     add("--seed", type=positive(int, or_zero=True, most=2**31 - 1), default=0)
-    add("--checkpoint-every", type=positive(int, most=STEPS), default=500, metavar="STEPS",
+    add("--checkpoint-every", type=positive(int), default=500, metavar="STEPS",
         help="(500)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--force", action="store_true", help="train anew what --out holds already")
@@ -38,7 +38,6 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     data("--images", metavar="DIR", help="the folder that the pictures' names are relative to")
     data("--val-data", action="append", metavar="FILE",
          help="held-out conversations; all of them are measured at every checkpoint")
-    data("--epochs", type=positive(float, most=10000), help="instead of --steps (1)")
     data("--max-length", type=positive(int, most=SIZE),
          help="tokens a sample; turns beyond are cut off (the model's context)")
     data("--micro-batch-tokens", type=positive(int), metavar="N",
@@ -59,23 +58,18 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
 
     world = parser.add_argument_group("the tiny world").add_argument
     world("--picture-size", type=positive(int, most=16384), default=48, help="pixels a side (48)")
-    world("--max-things", type=positive(int), default=3, help="most things in a picture (3)")
 
     args = parser.parse_args(argv)
-    one_stage = args.stage in ("pretrain", "finetune")
+    look = args.dry_run or args.show_batch
     for wrong, why in (
-            (args.data and not one_stage,
-             "--data is for one stage: add --stage pretrain or --stage finetune"),
-            (args.init and args.stage == "all", "--init is for one stage: add --stage"),
-            ((args.val_data or args.images or args.epochs) and not (args.data or args.assume),
-             "--val-data, --images and --epochs are for --data: name LLaVA's JSON"),
-            (args.epochs and args.steps, "--epochs and --steps say the same: give one of them"),
-            (args.stage == "backbone" and (args.dry_run or args.show_batch),
+            ((args.data or args.init) and args.stage not in ("pretrain", "finetune"),
+             "--data and --init are for one stage: add --stage pretrain or --stage finetune"),
+            ((args.val_data or args.images) and not args.data,
+             "--val-data and --images are for --data: name LLaVA's JSON"),
+            (look and args.stage == "backbone",
              "--dry-run and --show-batch are for pretrain and finetune"),
-            ((args.preset or args.assume) and not args.dry_run,
-             "--preset and --assume are for --dry-run: add it, or leave them out"),
-            (args.preset and not args.assume,
-             "--preset has no tokenizer: add --assume SAMPLES,TEXT,VISUAL")):
+            ((args.preset or args.assume) and not (args.dry_run and args.assume),
+             "--preset and --assume are for --dry-run, and --preset needs --assume")):
         if wrong:
             parser.error(why)
     return args
@@ -85,5 +79,4 @@ def sample_sizes(text: str) -> tuple[int, int, int]:
     if not re.fullmatch(r"[1-9]\d{0,11},[1-9]\d{0,5},\d{1,6}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r:.80}: give three whole numbers, as in "
                                          "558000,60,4900")
-    samples, words, visual = map(int, text.split(","))
-    return samples, words, visual
+    return tuple(map(int, text.split(",")))

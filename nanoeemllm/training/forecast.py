@@ -1,17 +1,22 @@
 """Before a run: what it needs and costs (--dry-run), and what it will train on (--show-batch)."""
 
 import argparse
+import contextlib
 import time
-from collections import Counter
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import groupby
 
 import torch
+from torch import nn
 
-from nanoeemllm.config import ModelConfig
-from nanoeemllm.data import Packed, cost
+from nanoeemllm.config import ModelConfig, UserError
+from nanoeemllm.data import cost
 from nanoeemllm.model import EEMLLM, Batch
 from nanoeemllm.training.config import MICRO_BATCH_TOKENS, TrainConfig, freeze
+from nanoeemllm.training.distributed import shard_model
+from nanoeemllm.training.stage_data import StageData
 from nanoeemllm.training.step import PEAK
 from nanoeemllm.weights.tokenizer import Tokenizer
 
@@ -29,8 +34,7 @@ def forecast(config: ModelConfig, train: TrainConfig, sizes: list[float], args: 
     number = Counter()
     for name, p in model.named_parameters():
         number[name.split(".")[0], "trained" if p.requires_grad else "frozen"] += p.numel()
-    parameters = number.total()
-    trained = sum(n for (_, how), n in number.items() if how == "trained")
+    parameters, trained = number.total(), count_weights(model, trained_alone=True)
     samples, tokens = train.steps * train.batch_size, text + visual
 
     yield (f"{train.stage}, visual path {config.visual_path.name}: {samples:,} samples in "
@@ -42,45 +46,64 @@ def forecast(config: ModelConfig, train: TrainConfig, sizes: list[float], args: 
     yield f"  {'all':<12}{parameters / 1e6:>12,.1f} M  {trained / 1e6:,.1f} M of them trained"
 
     # one micro-batch of average samples, at the worst moment: the end of its forward pass
-    budget = args.micro_batch_tokens or MICRO_BATCH_TOKENS
-    count = max(1, round(min(train.batch_size / args.gpus, budget / tokens)))
+    budget, gpus = args.micro_batch_tokens or MICRO_BATCH_TOKENS, args.gpus
+    count = max(1, round(min(train.batch_size / gpus, budget / tokens)))
     average = (max(1, round(text)), [round(visual)] if visual >= 1 else [])
     rows = round(count * targets)
     operations, saved = cost.step(config, [average] * count, train.stage,
                                   args.checkpoint_activations, rows)
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.decoder.layers]
-    encoder = sum(p.numel() for p in model.vision.layers.parameters()) if config.vision else 0
-    gathered = parameters - encoder - sum(layers) + 2 * max(layers)
-    needs = {"weights, a shard: float32 where trained": (2 * parameters + 2 * trained) / args.gpus,
-             "gradients, a shard, float32": 4 * trained / args.gpus,
-             "AdamW's two moments, a shard, float32": 8 * trained / args.gpus,
-             "gathered: two layers and what is in none": 2 * gathered,
+    layers = list(map(count_weights, model.decoder.layers))
+    encoder = count_weights(model.vision.layers) if config.vision else 0
+    needs = {"weights, a shard: float32 where trained": (2 * parameters + 2 * trained) / gpus,
+             "gradients, a shard, float32": 4 * trained / gpus,
+             "AdamW's two moments, a shard, float32": 8 * trained / gpus,
+             "gathered: two layers and what is in none":
+                 2 * (parameters - encoder - sum(layers) + 2 * max(layers)),
              "saved for the backward pass": saved,
              "the logits' gradient, float32": 4 * rows * config.llama.vocab_size}
-    yield (f"memory per GPU, {args.gpus} of them, micro-batches of {count * tokens:,.0f} tokens"
+    yield (f"memory per GPU, {gpus} of them, micro-batches of {count * tokens:,.0f} tokens"
            + ", activations checkpointed" * args.checkpoint_activations)
     for part, number_of_bytes in (needs | {"in all": sum(needs.values())}).items():
         yield f"  {part:<42}{number_of_bytes / 1e9:>8.2f} GB"
 
     operations *= samples / count
-    hours = operations / (args.gpus * PEAK["H100"] * args.mfu) / 3600
-    yield "work"
-    yield f"  {samples * tokens:.3g} tokens, {operations:.3g} operations"
-    yield (f"  {hours:,.2f} hours at {args.mfu:.0%} of {args.gpus} x {PEAK['H100'] / 1e12:,.0f} "
+    hours = operations / (gpus * PEAK["H100"] * args.mfu) / 3600
+    yield f"work\n  {samples * tokens:.3g} tokens, {operations:.3g} operations"
+    yield (f"  {hours:,.2f} hours at {args.mfu:.0%} of {gpus} x {PEAK['H100'] / 1e12:,.0f} "
            "TFLOP/s")
 
 
-def measure_step(model: EEMLLM, packed: Packed, train: TrainConfig, processes: int) -> str:
-    """Seconds of a forward and a backward pass, the second of two unless the first takes long."""
-    for _ in range(2):
-        start = time.perf_counter()
-        model(packed.batch).backward()
-        seconds = time.perf_counter() - start
-        if seconds > 10:
-            break
-    seconds *= train.batch_size / (processes * max(1, len(packed.keys)))
-    return (f"  {seconds:,.1f} s a step, {seconds * train.steps / 3600:,.2f} hours on this CPU "
-            "(measured on one micro-batch)")
+def count_weights(module: nn.Module, trained_alone: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_alone)
+
+
+def look_at(data: StageData, config: ModelConfig, tokenizer: Tokenizer, model: EEMLLM | None,
+            args: argparse.Namespace) -> Iterator[str]:
+    """Lines of --show-batch, or of --dry-run: from the sizes of the first step's samples and, on a
+    CPU with a model at hand, the time of a micro-batch."""
+    sizes, samples, packed = torch.zeros(3), 0, None
+    with contextlib.closing(data.first_step()) as batches:
+        for packed in batches:
+            batch = packed.batch
+            if args.show_batch:
+                yield from show_batch(batch, tokenizer)
+                return
+            sizes += torch.tensor([len(batch.ids), len(batch.targets), len(batch.patches)])
+            samples += len(packed.keys)
+    if not samples:
+        raise UserError(f"none of the first samples can be used; the last: {packed.bad[-1][1]}")
+    yield from forecast(config, data.config, (sizes / samples).tolist(), args)
+    if model is not None and data.group.device.type == "cpu":
+        shard_model(model, data.group)
+        for _ in range(2):                  # the second pass counts, unless the first takes long
+            start = time.perf_counter()
+            model(batch).backward()
+            seconds = time.perf_counter() - start
+            if seconds > 10:
+                break
+        seconds *= data.config.batch_size / (data.group.size * max(1, len(packed.keys)))
+        yield (f"  {seconds:,.1f} s a step, {seconds * data.config.steps / 3600:,.2f} hours on this"
+               " CPU (measured on one micro-batch)")
 
 
 # ---- --show-batch ----
@@ -89,21 +112,21 @@ def show_batch(batch: Batch, tokenizer: Tokenizer) -> Iterator[str]:
     """Lines of a packed batch as text: target words in green, `[h x w picture]`s where they stand,
     a rule between samples. Read from what the model gets, not from the conversations."""
     layout, ids, targets = batch.layout, batch.ids.tolist(), set((batch.target_rows + 1).tolist())
-
-    def words(rows: slice) -> Iterator[str]:
-        for is_target, run in groupby(range(rows.start, rows.stop), targets.__contains__):
-            text = tokenizer.decode([ids[row] for row in run])
-            yield f"{GREEN}{text}{PLAIN}" if is_target else text
+    pictures = defaultdict(list)                     # by the text row that follows them
+    for image in layout.images:
+        h, w = image.grid
+        pictures[image.after.start].append(f"{GREEN}[{h} x {w} picture]{PLAIN}")
+    places = sorted(pictures)
 
     yield (f"{len(batch.keys)} samples, {len(ids):,} text rows, {len(batch.patches):,} visual rows,"
            f" {len(batch.targets):,} target tokens ({GREEN}green{PLAIN}), no padding")
-    for number, key in enumerate(batch.keys):
-        start, length = layout.text.start[number].item(), layout.text.length[number].item()
-        visual = layout.visual.length[number].item()
+    spans = layout.text.start, layout.text.length, layout.visual.length
+    for key, start, length, visual in zip(batch.keys, *(span.tolist() for span in spans)):
         yield f"{GREY}---- {key}: {length} text, {visual} visual rows ----{PLAIN}"
-        images = [image for image in layout.images if image.sample == number]
-        pieces = list(words(slice(start, images[0].after.start if images else start + length)))
-        for image in images:
-            h, w = image.grid
-            pieces += [f"{GREY}[{h} x {w} picture]{PLAIN}", *words(image.after)]
+        pieces = []
+        for (is_target, _), run in groupby(range(start, start + length), lambda row: (
+                row in targets, bisect_right(places, row))):
+            rows = list(run)
+            text = tokenizer.decode([ids[row] for row in rows])
+            pieces += [*pictures[rows[0]], f"{GREEN}{text}{PLAIN}" if is_target else text]
         yield " ".join(pieces)

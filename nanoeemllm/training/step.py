@@ -1,11 +1,10 @@
-"""What a training step needs besides the model: its sums, the scale of its gradients, signals."""
+"""What a training step needs besides the model: the scale of its gradients, signals, its MFU."""
 
 import contextlib
 import math
 import resource
 import signal
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -25,46 +24,20 @@ class Stopped(Exception):
     """The run was asked to stop (SIGINT, SIGTERM) and has saved itself."""
 
 
-@dataclass
-class StepMetrics:
-    """Sums over the micro-batches of a step, or of held-out data; of this process until `over`."""
-    loss: float = 0.0                   # over target tokens
-    targets: float = 0.0
-    tokens: float = 0.0
-    operations: float = 0.0
-    cut: float = 0.0                    # samples that lost turns
-    bad: float = 0.0
-    stop: float = 0.0                   # processes that were asked to stop
+def operations_counter(config: ModelConfig, stage: str) -> Callable[[Batch], float]:
+    """A function that gives the operations of a batch's forward and backward pass: counted for the
+    first batch, scaled for the others by what samples of their lengths cost."""
+    cost_of, unit = cost.sample_cost(config), None
 
-    def add(self, packed: Packed):
-        self.targets += len(packed.batch.targets)
-        self.tokens += len(packed.batch.ids) + len(packed.batch.patches)
-        self.cut += packed.cut
-        self.bad += len(packed.bad)
-
-    def over(self, group: ProcessGroup) -> "StepMetrics":
-        return StepMetrics(*group.sum(*vars(self).values()))
-
-    @property
-    def mean_loss(self) -> float:
-        return self.loss / max(1.0, self.targets)
-
-
-class Operations:
-    """Of a batch's forward and backward pass: counted for the first batch, scaled for the others by
-    what samples of their lengths cost."""
-
-    def __init__(self, config: ModelConfig, stage: str):
-        self.config, self.stage, self.unit = config, stage, None
-        self.cost = cost.sample_cost(config)
-
-    def __call__(self, batch: Batch) -> float:
+    def operations(batch: Batch) -> float:
+        nonlocal unit
         text, visual = batch.layout.text.length.tolist(), batch.layout.visual.length.tolist()
-        work = sum(map(self.cost, text, visual))
-        if self.unit is None:
-            samples = [(t, [v] if v else []) for t, v in zip(text, visual)]
-            self.unit = sum(cost.operations(self.config, samples, self.stage)) / work
-        return self.unit * work
+        work = sum(map(cost_of, text, visual))
+        if unit is None:
+            samples = [(t, [v] * bool(v)) for t, v in zip(text, visual)]
+            unit = cost.step(config, samples, stage, False, len(batch.targets))[0] / work
+        return unit * work
+    return operations
 
 
 def scale_gradients(params: Iterable[nn.Parameter], targets: float, group: ProcessGroup,
