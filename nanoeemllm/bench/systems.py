@@ -24,7 +24,7 @@ from nanoeemllm import load
 from nanoeemllm.attention import Keys, Visibility, compute, use_attention, visible
 from nanoeemllm.bench.operations import paths_of
 from nanoeemllm.border.command import Parser, device_from, positive
-from nanoeemllm.border.files import write_aside
+from nanoeemllm.border.files import make_folder, write_aside
 from nanoeemllm.border.plot import line_chart
 from nanoeemllm.config import IMAGE_TOKEN, PRESETS, UserError
 from nanoeemllm.model import EEMLLM
@@ -57,7 +57,7 @@ def parse(name: str, about: str, argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.weights and args.preset:
         raise UserError("--weights and --preset are two models: give one of them")
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     args.device = device_from(args.device)
     gpu = args.device != "cpu"
     args.preset = args.preset or ("eemllm-7b-980" if gpu else "eemllm-300m")

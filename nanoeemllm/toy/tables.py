@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import nanoeemllm
 from nanoeemllm import paths
 from nanoeemllm.border.command import Parser, positive, run_command
-from nanoeemllm.border.files import read_json, write_aside
+from nanoeemllm.border.files import make_folder, read_json, write_aside
 from nanoeemllm.border.plot import line_chart
 from nanoeemllm.config import PRESETS, UserError
 from nanoeemllm.data import cost
@@ -141,11 +141,8 @@ def train(run: Run, folder: Path) -> Path:
 @contextlib.contextmanager
 def locked(folder: Path):
     """One command at a time in this folder; another one waits here. Gives the file descriptor."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}") from None
+    make_folder(folder)
+    lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock
@@ -219,8 +216,6 @@ def time_prefills(runs: dict, turns: int = 50) -> dict:
 
 def read_results(file: Path) -> dict:
     """{"settings", "runs": {name: {"accuracy"}}, "prefill_ms": {"row, column": milliseconds}}"""
-    if not file.exists():
-        return {"settings": SETTINGS, "runs": {}, "prefill_ms": {}}
     data = read_json(file)
     try:
         numbers = [run["accuracy"] for run in data["runs"].values()]
@@ -237,7 +232,9 @@ def read_results(file: Path) -> dict:
 def add_results(file: Path, part: str, found: dict) -> dict:
     """Adds to what other commands may have added meanwhile; returns all there is."""
     with locked(file.parent):
-        data = read_results(file)
+        data = {"settings": SETTINGS, "runs": {}, "prefill_ms": {}}
+        if os.path.lexists(file):
+            data = read_results(file)
         data[part] |= found
         write_aside(file, json.dumps(data, indent=1).encode())
     return data

@@ -7,6 +7,7 @@ config.json, tokenizer_config.json, and names of tokens last.
 
 import dataclasses
 import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -139,8 +140,9 @@ class Source:
             raise UserError(f"{self.where} is a model folder of ours, not a published one")
         by_type = {layout.model_type: name for name, layout in layouts.items()}
         named = self.config.get("architectures")
-        named = named or [by_type.get(str(self.config.get("model_type")))]
-        self.architecture = str(named[0]) if isinstance(named, list) else "none"
+        if named is None:
+            named = [by_type.get(str(self.config.get("model_type")))]
+        self.architecture = str(named[0]) if isinstance(named, list) and named else "none"
         if self.architecture not in layouts:
             raise UserError(f"{self.where}: architecture {self.architecture} is not supported here;"
                             f" supported: {', '.join(layouts)}")
@@ -257,10 +259,10 @@ def with_room_for(vision: VisionConfig, llama: LlamaConfig) -> LlamaConfig:
 
 def part(where: str, data: dict, key: str) -> dict:
     """An object inside of a configuration; empty where it is null or left out."""
-    value = data.get(key) or {}
-    if not isinstance(value, dict):
+    value = data.get(key)
+    if not isinstance(value, dict | None):
         raise UserError(f"{where}: {key} must be an object, not {value!r:.80}")
-    return value
+    return value or {}
 
 
 def given(data: dict, keys) -> dict:
@@ -276,7 +278,7 @@ def check_values(where: str, data: dict, must: dict):
 
 
 def optional_json(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if os.path.lexists(path) else {}      # a link to nowhere is told
 
 
 # ---- tokenizer ----

@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -85,10 +86,12 @@ def read_bin(path: Path, device: str) -> dict[str, Tensor]:
     with open_regular(path) as file:
         mapped = zipfile.is_zipfile(file)
     try:
-        held = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
-        if all(isinstance(x, Tensor) for x in held.values()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                  # of what is refused below
+            held = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+        if all(map(_is_plain, held.values())):
             return {str(name): x for name, x in held.items()}
-        why = "holds something else than a table of tensors"
+        why = "holds something else than a table of plain tensors"
     except pickle.UnpicklingError:
         why = ("is refused: it is damaged or holds more than tensors, and a pickle that does can "
                "run any code. Download it again, or get the safetensors")
@@ -97,15 +100,24 @@ def read_bin(path: Path, device: str) -> dict[str, Tensor]:
     raise UserError(f"{quoted(path)} {why}")
 
 
+def _is_plain(x) -> bool:
+    """A tensor with its numbers, each in its place: not a sparse, nested or meta one."""
+    return (isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+            and not x.is_meta)
+
+
 def check_tensors(where, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]):
-    """Raises one UserError that names what is missing, unexpected, or of another shape."""
+    """Raises one UserError that names what is missing, unexpected, of another shape, or not
+    of floating-point numbers."""
     right = {name: tuple(x.shape) for name, x in expected.items()}
     shapes = {name: tuple(x.shape) for name, x in found.items()}
     problems = {
         "missing": [name for name in right if name not in shapes],
         "unexpected": [name for name in shapes if name not in right],
         "of another shape": [f"{name} is {shapes[name]}, not {right[name]}" for name in right
-                             if shapes.get(name, right[name]) != right[name]]}
+                             if shapes.get(name, right[name]) != right[name]],
+        "of another type": [f"{name} is {x.dtype}" for name, x in found.items()
+                            if not x.dtype.is_floating_point]}
     lines = []
     for what, names in problems.items():
         if names:
