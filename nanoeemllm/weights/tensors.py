@@ -95,6 +95,8 @@ def read_bin(path: Path, device: str) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         why = ("is refused: it is damaged or holds more than tensors, and a pickle that does can "
                "run any code. Download it again, or get the safetensors")
+    except UnicodeEncodeError:
+        why = "has a name that is not UTF-8: rename it"
     except Exception:                            # a damaged file of the old form raises anything
         why = "is damaged or cut off; download it again"
     raise UserError(f"{quoted(path)} {why}")
