@@ -31,7 +31,7 @@ from nanoeemllm.bench.clock import best_ms, now, take_turns
 from nanoeemllm.bench.operations import add_case_flags, make_parser
 from nanoeemllm.bench.systems import DEFAULT, OLD, System, make_systems
 from nanoeemllm.border.command import positive
-from nanoeemllm.border.files import write_aside
+from nanoeemllm.border.files import make_folder, write_aside
 from nanoeemllm.border.plot import line_chart
 from nanoeemllm.border.table import print_table
 from nanoeemllm.config import IMAGE_TOKEN, LlamaConfig, UserError
@@ -57,7 +57,7 @@ def parse(command: str, argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.weights and args.preset != preset:
         raise UserError("--weights and --preset are two models: give one of them")
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     args.device, args.dtype = "cuda" if gpu else "cpu", getattr(torch, args.dtype)
     if command == "prefill":
         args.tokens = 1

@@ -129,6 +129,17 @@ def from_environment(name: str, default: int) -> int:
     return int(text)
 
 
+def processes() -> tuple[int, int, int]:
+    """This process's rank, how many there are, and how many of them here, as torchrun says."""
+    rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
+    here = from_environment("LOCAL_WORLD_SIZE", 1)
+    told = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not (rank < size and here > 0) or (size > 1 and not told):
+        raise UserError(f"the environment says process {rank} of {size}, and not where the others "
+                        "are: start several with torchrun, or unset RANK and WORLD_SIZE")
+    return rank, size, here
+
+
 def device_from(name: str | None) -> str:
     """The device that --device names, or the first there is. Under torchrun every process has a GPU
     of its own. Raises UserError for a device that this machine lacks."""

@@ -77,6 +77,14 @@ def within(folder, name: str) -> str:
 
 # ---- writing ----
 
+def make_folder(folder: Path):
+    """And those above it. Raises UserError where the system refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {quoted(folder)}: {error.strerror}") from error
+
+
 def write_aside(path: Path, data: bytes):
     """Writes a file or leaves the one before. Raises UserError where it cannot be written, and in
     place of a folder or a device."""

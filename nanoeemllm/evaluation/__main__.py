@@ -18,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nanoeemllm.border.command import Parser, from_environment, positive, run_command
+from nanoeemllm.border.command import Parser, positive, processes, run_command
 from nanoeemllm.border.files import quoted, write_aside
 from nanoeemllm.config import ModelConfig, UserError, VisualPath
 from nanoeemllm.evaluation.benchmark import TSV, detect, read_answers, write_answers
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None):
     args = parse(argv)
     config = read_config(args.weights)
     path = from_args(args, config)
-    rank, world = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
+    rank, world, _ = processes()
     tsv = TSV(args.tsv, args.limit, args.images)
     if not len(tsv):
         raise UserError(f"{quoted(args.tsv)} has no rows under its first line")

@@ -29,7 +29,7 @@ from PIL import Image
 import nanoeemllm
 from nanoeemllm import paths
 from nanoeemllm.border.command import Parser, positive, run_command
-from nanoeemllm.border.files import read_json, write_aside
+from nanoeemllm.border.files import make_folder, read_json, write_aside
 from nanoeemllm.border.plot import line_chart
 from nanoeemllm.border.table import print_table
 from nanoeemllm.border.typed import read_typed
@@ -206,8 +206,6 @@ def time_prefills(runs: dict, turns: int = 50) -> dict:
 
 def read_results(file: Path) -> dict:
     """{"settings", "runs": {name: {"accuracy"}}, "prefill_ms": {"row, column": milliseconds}}"""
-    if not file.exists():
-        return {"settings": SETTINGS, "runs": {}, "prefill_ms": {}}
     data = read_json(file)
     try:
         numbers = data["prefill_ms"] | {name: run["accuracy"] for name, run in data["runs"].items()}
@@ -222,20 +220,15 @@ def read_results(file: Path) -> dict:
     return data
 
 
-def make_folder(folder: Path):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}") from None
-
-
 def add_results(file: Path, part: str, found: dict) -> dict:
     """Adds to what other commands may have added meanwhile; returns all there is."""
     make_folder(file.parent)
     folder = os.open(file.parent, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)          # another command waits here
     try:
-        data = read_results(file)
+        data = {"settings": SETTINGS, "runs": {}, "prefill_ms": {}}
+        if os.path.lexists(file):
+            data = read_results(file)
         data[part] |= found
         write_aside(file, json.dumps(data, indent=1).encode())
     finally:

@@ -43,7 +43,9 @@ def stage_config(stage: str, args: argparse.Namespace, samples: int | None = Non
     """The tiny world's settings, or the paper's for so many samples, changed by the flags."""
     default = TINY[stage] if samples is None else PAPER[stage]
     batch_size = args.batch_size or default.batch_size
-    steps = args.steps or default.steps or max(1, samples // batch_size)       # one epoch
+    steps = args.steps or default.steps
+    if not steps:
+        steps = max(1, round((args.epochs or 1) * max(1, samples // batch_size)))
     return dataclasses.replace(default, seed=args.seed, steps=steps, batch_size=batch_size,
                                learning_rate=args.lr or default.learning_rate)
 

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from nanoeemllm.weights import folder as weights
-from nanoeemllm.border.command import device_from, from_environment
+from nanoeemllm.border.command import device_from, processes
 from nanoeemllm.config import UserError
 from nanoeemllm.model import EEMLLM
 
@@ -74,11 +74,7 @@ def init_distributed(device: str | None):
     """Gives the ProcessGroup that torchrun has started, or this process alone. device: by default
     the best there is. A process computes on its share of the machine's cores, unless
     OMP_NUM_THREADS says otherwise."""
-    rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
-    here = from_environment("LOCAL_WORLD_SIZE", 1)
-    if not (rank < size and here > 0) or (size > 1 and "MASTER_ADDR" not in os.environ):
-        raise UserError(f"the environment says process {rank} of {size}, and not where the others "
-                        "are: start several with torchrun, or unset RANK and WORLD_SIZE")
+    rank, size, here = processes()
     if here > 1 and "OMP_NUM_THREADS" not in os.environ:     # by default a process takes all cores
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
     device = device_from(device)

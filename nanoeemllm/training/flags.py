@@ -38,6 +38,7 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     data("--images", metavar="DIR", help="the folder that the pictures' names are relative to")
     data("--val-data", action="append", metavar="FILE",
          help="held-out conversations; all of them are measured at every checkpoint")
+    data("--epochs", type=positive(float, most=10000), help="instead of --steps (1)")
     data("--max-length", type=positive(int, most=SIZE),
          help="tokens a sample; turns beyond are cut off (the model's context)")
     data("--micro-batch-tokens", type=positive(int), metavar="N",
@@ -64,8 +65,9 @@ def parse_flags(description: str, argv: list[str] | None = None) -> argparse.Nam
     for wrong, why in (
             ((args.data or args.init) and args.stage not in ("pretrain", "finetune"),
              "--data and --init are for one stage: add --stage pretrain or --stage finetune"),
-            ((args.val_data or args.images) and not args.data,
-             "--val-data and --images are for --data: name LLaVA's JSON"),
+            ((args.val_data or args.images or args.epochs) and not (args.data or args.assume),
+             "--val-data, --images and --epochs are for --data: name LLaVA's JSON"),
+            (args.epochs and args.steps, "--epochs and --steps say the same: give one of them"),
             (look and args.stage == "backbone",
              "--dry-run and --show-batch are for pretrain and finetune"),
             ((args.preset or args.assume) and not (args.dry_run and args.assume),

@@ -7,6 +7,7 @@ config.json, tokenizer_config.json, and names of tokens last.
 
 import dataclasses
 import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -125,8 +126,9 @@ class Source:
     def __init__(self, folder: Path, known: dict[str, str]):
         self.folder, self.where = folder, quoted(folder / "config.json")
         self.config = read_json(folder / "config.json")
-        named = self.config.get("architectures") or [self.config.get("model_type")]
-        name = named[0] if isinstance(named, list) else named
+        named = self.config.get("architectures")
+        named = [self.config.get("model_type")] if named is None else named
+        name = named[0] if isinstance(named, list) and named else named
         kinds = [kind for architecture, kind in known.items() if name in (architecture, kind)]
         if not kinds:
             raise UserError(f"{self.where}: architecture {name!s:.80} is not supported here; "
@@ -221,10 +223,10 @@ def with_room_for(vision: VisionConfig, llama: LlamaConfig) -> LlamaConfig:
 
 def part(where: str, data: dict, key: str) -> dict:
     """An object inside of a configuration; empty where it is null or left out."""
-    value = data.get(key) or {}
-    if not isinstance(value, dict):
+    value = data.get(key)
+    if not isinstance(value, dict | None):
         raise UserError(f"{where}: {key} must be an object, not {value!r:.80}")
-    return value
+    return value or {}
 
 
 def given(data: dict, keys) -> dict:

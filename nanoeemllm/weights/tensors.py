@@ -3,8 +3,10 @@ time."""
 
 import json
 import math
+import os
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -80,8 +82,10 @@ def read_bin(path: Path, device: str) -> dict[str, Tensor]:
     with open_regular(path) as file:
         mapped = zipfile.is_zipfile(file)
     try:
-        held = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
-        if all(isinstance(x, Tensor) for x in held.values()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                  # of what is refused below
+            held = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+        if all(map(_is_plain, held.values())):
             return {str(name): x for name, x in held.items()}
     except Exception:                            # a damaged file of the old form raises anything
         pass
@@ -90,14 +94,23 @@ def read_bin(path: Path, device: str) -> dict[str, Tensor]:
                     "the safetensors")
 
 
+def _is_plain(x) -> bool:
+    """A tensor with its numbers, each in its place: not a sparse, nested or meta one."""
+    return (isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+            and not x.is_meta)
+
+
 def check_tensors(where, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]):
-    """Raises one UserError that names what is missing, unexpected, or of another shape."""
+    """Raises one UserError that names what is missing, unexpected, of another shape, or not of
+    floating-point numbers."""
     right, held = ({name: tuple(x.shape) for name, x in side.items()} for side in (expected, found))
     wrong = {
         "missing": [name for name in right if name not in held],
         "unexpected": [name for name in held if name not in right],
         "of another shape": [f"{name} is {held[name]}, not {shape}" for name, shape in right.items()
-                             if held.get(name, shape) != shape]}
+                             if held.get(name, shape) != shape],
+        "of another type": [f"{name} is {x.dtype}" for name, x in found.items()
+                            if not x.dtype.is_floating_point]}
     lines = [f"{len(names)} {what}: {', '.join(names[:10])}"
              for what, names in wrong.items() if names]
     if lines:
@@ -142,4 +155,4 @@ def write_json(path: Path, data: dict):
 
 
 def optional_json(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}
+    return read_json(path) if os.path.lexists(path) else {}      # a link to nowhere is told
