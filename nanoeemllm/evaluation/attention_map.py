@@ -76,7 +76,7 @@ def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:
 
 def draw_attention(file: Path, model, ids: list[int], images: list, answer: list[int],
                    layers: tuple[int, ...] | None):
-    """Writes a PNG: the images as the model sees them, then for each word the same under its heat,
+    """Writes a PNG: the images in the encoder's shape, then for each word the same under its heat,
     labelled with the share of its attention that the images got. layers: of those that see
     images; None: all."""
     heat = attention_to_images(model, ids, images, answer)
@@ -87,7 +87,7 @@ def draw_attention(file: Path, model, ids: list[int], images: list, answer: list
         heat = heat[list(layers)]
     heat = heat.mean(0)                                                         # (tokens, V)
     seen, grids = zip(*(as_seen(image, model.config.vision) for image in images))
-    panels = [("as the model sees it", seen)]
+    panels = [("in the encoder's shape", seen)]
     for word, numbers in words_of(model.tokenizer, answer):
         of_word = heat[numbers].mean(0)
         parts = (of_word / of_word.max().clamp(min=1e-9)).split([h * w for h, w in grids])
