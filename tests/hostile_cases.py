@@ -27,7 +27,8 @@ ENDS = {
     r"|record/published \w+ null|file/(run|train trained/pretrain-run/run.json) (absent|dangling)"
     r"|environment/\w+ LOCAL_WORLD_SIZE=7": (),
     # the output has left, or what is odd is printed with replacement
-    r"place|output/(?!.*refused).*(closed|left|stderr full|in ASCII)|program/.*(head|closed|in \w+)"
+    r"place|output/(?!.*refused).*(closed|left|stderr full|in ASCII)"
+    r"|program/.*(head|closed| in C|ASCII)"
     r"|flag/--steps 99999999 looked at|record/results (accuracy|prefill_ms of) 3"
     r"|tokenizer/convert no end token|weights/bin (parameters|repeated)"
     r"|path/model (?!.*(weights|init|llm|vision) 'm.udcff').*": (0,),
