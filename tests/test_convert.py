@@ -722,3 +722,9 @@ def test_hostile_tokenizers(how, llm, tmp_path, capfd):
         convert("--llm", llm, "--out", tmp_path / "model")
     assert "tokenizer.json" in str(error.value) and "\n" not in str(error.value)
     assert not capfd.readouterr().err
+
+
+def test_a_published_folder_given_as_a_model_is_told_what_converts_it(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    with pytest.raises(UserError, match="a published model's: convert_weights.py"):
+        model_folder.load(tmp_path, "cpu")

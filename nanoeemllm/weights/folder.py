@@ -65,7 +65,11 @@ def load(folder, device=None, dtype: torch.dtype | None = None,
 
 def read_config(folder: Path) -> ModelConfig:
     path = Path(folder) / "config.json"
-    return typed.read_config(read_json(path), quoted(path))
+    data = read_json(path)
+    if isinstance(data, dict) and "model_type" in data:
+        raise UserError(f"{quoted(path)} is a published model's: convert_weights.py makes a model "
+                        "folder of it")
+    return typed.read_config(data, quoted(path))
 
 
 def read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
