@@ -27,7 +27,6 @@ from nanoeemllm.config import UserError
 from nanoeemllm.data.images import load_image
 from nanoeemllm.evaluation.attention_map import draw_attention
 from nanoeemllm.evaluation.load import add_model_flags, load_model
-from nanoeemllm.evaluation.questions import answers
 from nanoeemllm.generate import Sampling
 from nanoeemllm.paths import from_args, layer_numbers
 from nanoeemllm.prompt import IMAGE_TEXT, encode_prompt
@@ -38,6 +37,7 @@ DEFAULT_PROMPT = "describe the picture thing by thing."     # the tiny world's; 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ASSETS = Path(nanoeemllm.__file__).parent / "assets"
 MODELS = (Path("out"), Path(__file__).parent / "out")       # where a model is looked for, in turn
+BATCH = 16                                                  # pictures that --jsonl asks at once
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -280,24 +280,28 @@ def questions(prompts: list[str]) -> Iterator[str]:
 
 
 def answer_each(model, args):
-    """Every prompt about every picture, as a benchmark's rows are asked: together."""
-    asked = [(str(file), prompt) for file in args.image
-             for prompt in args.prompt or [DEFAULT_PROMPT]]
-    rows = ({"image_path": [file], "question": place_images(prompt, 1), "answer": "unknown"}
-            for file, prompt in asked)
-    bad = 0
-    for record in answers(model, rows, "exact", **args.options):
-        file, prompt = asked[record["row"] - 1]
-        if "bad" in record:
-            bad, line = bad + 1, {"error": record["bad"]}
-        else:
-            text = record["prediction"]
-            for stop in args.stop:
-                text, _, _ = text.partition(stop)
-            line = {"prompt": prompt, "answer": text.strip()}
-        print(json.dumps({"image": file, **line}), flush=True)
-    if bad:
-        raise UserError(f"{bad} of {len(asked)} questions could not be asked; their lines say why")
+    """BATCH pictures at a time, with every prompt each."""
+    prompts, broken = args.prompt or [DEFAULT_PROMPT], 0
+    template = model.config.chat_template
+    ids = [encode_prompt(model.tokenizer, place_images(p, 1), template) for p in prompts]
+    for first in range(0, len(args.image), BATCH):
+        asked, images = [], []
+        for file in map(str, args.image[first:first + BATCH]):
+            try:
+                images.append(load_image(file))
+                asked += [{"image": file, "prompt": prompt} for prompt in prompts]
+            except UserError as error:
+                broken += 1
+                print(json.dumps({"image": file, "error": str(error)}), flush=True)
+        (kind, encoded), = Session(model, args, images).encoded().items()
+        each = {kind: [[image] for image in encoded for _ in prompts]}
+        answers = model.generate_batch(ids * len(images), **each, **args.options) if asked else []
+        for line, tokens in zip(asked, answers):
+            text = "".join(stream_text(model.tokenizer, tokens, args.stop))
+            print(json.dumps(line | {"answer": text.strip()}), flush=True)
+    if broken:
+        raise UserError(f"{broken} of {len(args.image)} pictures could not be read; their lines "
+                        "say why")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,7 @@ from nanoeemllm.training.run_folder import RunFolder
 from nanoeemllm.training.stage_data import StageData
 from nanoeemllm.training.step import (Stopped, memory_gb, one_step, operations_counter,
                                       out_of_memory, peak_operations, scale_gradients, stop_signals)
-from nanoeemllm.weights.folder import read_config
-from nanoeemllm.weights.tokenizer import Tokenizer
+from nanoeemllm.weights.folder import read_config, read_tokenizer
 
 SHOWN = ("loss", "held_out_loss", "held_out_bad", "lr", "tokens_per_s", "mfu", "memory_gb",
          "seconds")         # of a step's line in metrics.jsonl, beside the progress bar
@@ -131,8 +130,6 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
             if save and held_out is not None and not stopped:
                 line |= measure(model, held_out, group)
             run.log(line)
-            bar.set_postfix({key: line[key] for key in SHOWN if key in line}, refresh=False)
-            bar.update()
             if save:
                 run.save(step + 1, state)
             if stopped and not last:
@@ -143,6 +140,8 @@ def train(model: EEMLLM, load: Callable, config: TrainConfig, run: RunFolder, gr
             if not bar.disable:                  # the time left is that of training steps alone
                 bar.start_t += start - paused
                 bar.last_print_t += start - paused
+            bar.set_postfix({key: line[key] for key in SHOWN if key in line}, refresh=False)
+            bar.update()
         run.draw_curve()
         return group.sum({"stopped": len(caught)})["stopped"] > 0
 
@@ -216,7 +215,7 @@ def run_stage(stage: str, args: argparse.Namespace, world: WorldConfig, group: P
         settings = stage_config(stage, args, samples)
         return print(*forecast(config, settings, [text, text // 2, visual], args), sep="\n")
 
-    tokenizer = Tokenizer(start / "tokenizer.json") if exists else tiny_tokenizer(config)
+    tokenizer = read_tokenizer(start, config) if exists else tiny_tokenizer(config)
     data = StageData(stage, args, world, config, tokenizer, group)
     model = None
     if exists and not args.show_batch:

@@ -161,7 +161,7 @@ class Block(NamedTuple):
 
 
 def make_blocks(sees: Visibility) -> list[Block]:
-    blocks: list[Block] = []
+    blocks, shape = [], None        # shape: queries and keys of the last block, if others may join
     text_counts, visual_counts = sees.sees_text.tolist(), sees.sees_visual.tolist()
     for (row, Q), (v, _), (t, _) in samples_of(sees):
         text, visual = text_counts[row:row + Q], visual_counts[row:row + Q]
@@ -170,29 +170,16 @@ def make_blocks(sees: Visibility) -> list[Block]:
         step = Q if is_causal or is_uniform else BLOCK
         for first in range(0, Q, max(1, step)):
             stop = min(first + step, Q)
-            V, T = visual[stop - 1], text[stop - 1]
-            rows = slice(row + first, row + stop)
+            V, T, rows = visual[stop - 1], text[stop - 1], slice(row + first, row + stop)
+            before, shape = shape, (Q, T) if is_uniform and not V else None
+            last = blocks[-1] if blocks and shape and shape == before else None
+            if last and (last.rows.stop, last.text.stop) == (row, t):
+                blocks[-1] = last._replace(rows=slice(last.rows.start, rows.stop),
+                                           text=slice(last.text.start, t + T), count=last.count + 1)
+                continue
             mask = None if is_causal or is_uniform else visible(sees, rows, V, T)
-            new = Block(rows, slice(v, v + V), slice(t, t + T), 1, mask, is_causal)
-            joined = join(blocks[-1], new) if blocks and is_uniform and not V else None
-            blocks[-1:] = [joined] if joined else [*blocks[-1:], new]
+            blocks.append(Block(rows, slice(v, v + V), slice(t, t + T), 1, mask, is_causal))
     return blocks
-
-
-def join(last: Block, new: Block) -> Block | None:
-    """Both as one, if new is like each of last's samples and follows them: the images of a batch."""
-    rows, text, count = last.rows, last.text, last.count + 1
-    follows = (rows.stop, text.stop) == (new.rows.start, new.text.start)
-    is_like = (count * size(new.rows) == new.rows.stop - rows.start
-               and count * size(new.text) == new.text.stop - text.start)
-    if last.mask is not None or last.is_causal or size(last.visual) or not follows or not is_like:
-        return None
-    return Block(slice(rows.start, new.rows.stop), new.visual, slice(text.start, new.text.stop),
-                 count, None, False)
-
-
-def size(rows: slice) -> int:
-    return rows.stop - rows.start
 
 
 def attention_sdpa(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:

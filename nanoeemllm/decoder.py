@@ -46,7 +46,7 @@ class Context:
 
     @cached_property
     def merged(self) -> tuple[Tensor, Tensor, Visibility]:
-        """layout.merged, where the rows are: when operations are counted, the layout stays behind."""
+        """layout.merged, where the rows are: the layout stays behind when operations are counted."""
         order, place, sees = self.layout.merged
         return order.to(self.rope[0].device), place.to(self.rope[0].device), sees
 

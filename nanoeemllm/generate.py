@@ -84,8 +84,8 @@ def generate_steps(model, prompts: list[list[int]], images: list[list] | None,
     half; and the next step is launched before the host looks at this one's ids, so that the GPU
     need not wait for it. Raises UserError where logits are not finite.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max-new-tokens is {max_new_tokens}; it must be 1 or more")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise UserError(f"max-new-tokens is {max_new_tokens!r:.80}; it must be 1 or more")
     hidden, cache = model.prefill(prompts, images, max_new_tokens, image_kv)
     try:
         generator, occurred = torch.Generator(hidden.device), None
@@ -108,8 +108,8 @@ def generate_steps(model, prompts: list[list[int]], images: list[list] | None,
 
             *new_ids, is_finite = read()
             if not is_finite:
-                raise UserError(f"{model.source or 'the model'}: scores are not finite numbers: the "
-                                "weights are damaged, or overflow in this number type")
+                raise UserError(f"{model.source or 'the model'}: scores are not finite numbers: "
+                                "the weights are damaged, or overflow in this number type")
             new = [(number, token) for number, token in zip(running, new_ids) if number in answers]
             for number, token in new:
                 answers[number].append(token)

@@ -67,7 +67,8 @@ class Layout:
         """All rows of a sample in the order of their positions: which row stands at each place,
         where each row stands, and who sees whom, causally."""
         samples = torch.arange(self.num_samples, device=self.position.device)
-        sample = torch.cat([samples.repeat_interleave(span.length.long()) for span in (self.text, self.visual)])
+        sample = torch.cat([samples.repeat_interleave(span.length.long())
+                            for span in (self.text, self.visual)])
         length = self.text.length + self.visual.length
         span = Span((length.cumsum(0) - length).int(), length,
                     self.text.max_length + self.visual.max_length)

@@ -88,6 +88,8 @@ class EEMLLM(nn.Module):
         """Ids of a text as it stands, no chat template: BOS first, `<image>` an IMAGE_TOKEN."""
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer: give ids, not text")
+        if not isinstance(prompt, str):
+            raise UserError(f"a prompt must be a string, not {prompt!r:.80}")
         return encode_text(self.tokenizer, prompt, bos=True)
 
     @torch.inference_mode()

@@ -178,7 +178,7 @@ def test_a_folder_gives_a_line_of_json_a_picture(run, place):
         (f"{n}.png", p) for n in range(3) for p in ("what is it?", "is there a cat?")]
     assert lines[2]["answer"] == run("--image", "album/1.png", "--prompt", "what is it?")[0].strip()
     got = script(place, "--image", "0.png", "--image", "broken.png", "--jsonl", "--max-new-tokens", "3")
-    assert got.returncode == 2 and got.stderr.startswith("error: 1 of 2 questions could not be asked")
+    assert got.returncode == 2 and got.stderr.startswith("error: 1 of 2 pictures could not be read")
     assert {"image", "error"} in [set(json.loads(line)) for line in got.stdout.splitlines()]
 
 

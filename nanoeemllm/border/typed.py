@@ -7,7 +7,7 @@ from types import UnionType
 from typing import get_args, get_origin
 
 from nanoeemllm.config import ModelConfig, UserError, VisualPath
-from nanoeemllm.paths import lookup
+from nanoeemllm.paths import PATHS, lookup
 
 # What we read -> the JSON it is written as.
 JSON = {dict: ((dict,), "an object"), tuple: ((list, tuple), "a list"), str: ((str,), "a text"),
@@ -19,7 +19,23 @@ RANGE = {int: {"least": 1, "most": 2 ** 20}, float: {"least": 2 ** -100, "most":
 def read_config(data: dict, where: str = "config") -> ModelConfig:
     """A model folder's config.json. Raises UserError that names the key, for an unknown key or a
     value that does not fit."""
-    return read_typed(ModelConfig, data, where)
+    return read_typed(ModelConfig, split_paths(data), where)
+
+
+def split_paths(data: dict) -> dict:
+    """Folders of the first edition hold the settings of all paths in one object. Those of other
+    paths than the model's own (yopo's calibrated heads) are still meant: they are other_paths."""
+    path = data.get("visual_path")
+    if "other_paths" in data or not isinstance(path, dict):
+        return data
+    fields = {name: {f.name for f in dataclasses.fields(kind)} for name, kind in PATHS.items()}
+    own, others = fields.get(str(path.get("name")), set()), []
+    for name, settings in fields.items():
+        given = {key: path[key] for key in path if key in settings - own}
+        if given:
+            others.append({"name": name, **given})
+            path = {key: path[key] for key in path if key not in given}
+    return {**data, "visual_path": path, "other_paths": others}
 
 
 def read_typed(kind, value, where: str, limits: Mapping[str, float] = {}):

@@ -59,7 +59,7 @@ class StageData:
         size, cost_of = self.config.batch_size, sample_cost(config)
         if args.data and not args.batch_size and 10 * size > len(data) and group.is_first:
             print(f"the paper's batch of {size} is more than a tenth of {len(data):,} samples: with"
-                  f" --batch-size {min(32, max(4, len(data) // 50))} an epoch has more steps",
+                  f" --batch-size {min(32, max(4, group.size, len(data) // 50))} an epoch has more steps",
                   file=sys.stderr)
 
         def cost(conversation: dict) -> float:
