@@ -58,7 +58,7 @@ def walk(model: EEMLLM, image, question: str):
     cache = KVCache(config.llama, layout, 1, model.dtype)
     hidden = decoder(text_ids, visual, layout, cache)
     print(f"   {shape(x)} -> {len(decoder.layers)} layers -> text rows alone {shape(hidden)}\n"
-          f"   keys, values: visual {shape(cache.k_visual[0])}, text {shape(cache.k_text[0, :T])}")
+          f"   keys, values: visual {shape(cache.k_visual[0])}, text {shape(cache.k_text[0][:T])}")
     step(8, "the five likeliest next tokens", "decoder.py: Decoder.logits; generate.py: choose")
     likely = decoder.logits(hidden[-1:]).float().softmax(-1)[0].topk(5)
     for probability, token in zip(likely.values.tolist(), likely.indices.tolist()):

@@ -18,7 +18,7 @@ def test_packed_and_padded_are_the_same_question(case):
     torch.manual_seed(0)
     inputs = build(case._replace(H=4, D=16), 2, device="cpu", dtype=torch.float64)
     padded = sdpa(SDPBackend.MATH, bias_of(inputs.mask, torch.float64), *inputs.padded).transpose(1, 2)[inputs.mask.any(-1)]
-    torch.testing.assert_close(padded, reference(*inputs.packed, *vars(inputs.sees).values()))
+    torch.testing.assert_close(padded, reference(*inputs.packed, *list(vars(inputs.sees).values())[:5]))
     last = inputs.mask[:, -1] if case.is_rectangle else inputs.mask.any(1)
     assert last.all() or len(set(case.samples)) > 1
 

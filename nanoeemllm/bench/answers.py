@@ -116,7 +116,8 @@ def step_bytes(system: System, args, visual: int) -> int:
                   if llama.tie_word_embeddings or "embed_tokens" not in name)
     text_heads = llama.num_hidden_layers * llama.num_key_value_heads
     # a path may leave out layers and heads
-    visual_heads = sum(k.shape[1] for k in system.spare_cache.k_visual if len(k))
+    visual_heads = sum(k.shape[1] for k in system.spare_cache.k_visual
+                       if k is not None and len(k))
     keys = (args.text + args.tokens // 2) * text_heads + visual * visual_heads
     return args.dtype.itemsize * (weights + 2 * llama.head_dim * keys)
 

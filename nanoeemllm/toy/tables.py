@@ -216,7 +216,7 @@ def read_results(file: Path) -> dict:
         raise UserError(f"{file} does not hold accuracies and times of {SETTINGS}: give another "
                         "--results")
     for name, number in numbers.items():
-        read_typed(float, number, f"{file}: {name}", least=0)
+        read_typed(float, number, f"{file}: {name}", {"least": 0})
     return data
 
 

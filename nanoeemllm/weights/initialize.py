@@ -17,13 +17,14 @@ def initialize(model: nn.Module):
 
 
 def random_weights(like: dict[str, Tensor], config: ModelConfig,
-                   words: Tensor) -> dict[str, Tensor]:
-    """For parts that are yet to be trained beside a trained language model, whose token embedding
-    is `words` (vocabulary, C). The same in every run."""
+                   words: Tensor | None = None) -> dict[str, Tensor]:
+    """For parts that are yet to be trained, the same in every run. words: the token embedding
+    (vocabulary, C) of a trained language model that they stand beside."""
     weights = {name: torch.empty(x.shape) for name, x in like.items()}
     generator = torch.Generator().manual_seed(0)
     fill(weights.items(), config, generator)
-    resemble_words(weights, words, generator)
+    if words is not None:
+        resemble_words(weights, words, generator)
     return weights
 
 
