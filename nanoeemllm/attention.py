@@ -36,7 +36,8 @@ class Span(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What queries attend to, (rows, G, D) each."""
+    """What queries attend to, (rows, G, D) each. Where there is only one run of keys (the encoder's
+    patches, LLaVA's merged rows) it takes the text's place, and the visual one is empty."""
     k_visual: Tensor
     v_visual: Tensor
     k_text: Tensor
@@ -51,8 +52,9 @@ class Visibility:
     text: Span
     sees_visual: Tensor            # (N,) int32: the row sees so many of its sample's visual keys
     sees_text: Tensor              # (N,) int32: and so many of its text keys
-    capacity: int | None = None    # of a cache: sample b's text keys begin at row b * capacity, and
-                                   # there are no visual keys, or those of one sample alone
+    # Decoding: rows reserved for each sample's text keys, sample b's from row b * capacity on.
+    # attention_sdpa then serves all samples in one call.
+    capacity: int | None = None
 
     @cached_property
     def text_alone(self) -> "Visibility":    # the same queries where there are no visual keys
@@ -69,12 +71,15 @@ class Visibility:
         return None if mask.all() else mask
 
     @cached_property
-    def first_queries(self) -> dict:         # of kernels/, likewise, by the numbers of key rows
+    def first_queries(self) -> dict:         # of kernels/, backward: {(V, T): who first sees a key}
         return {}
 
 
 def empty_span(like: Span) -> Span:
     return Span(like.start * 0, like.start * 0, 0)
+
+
+_instead: list[Callable] = []            # of use_attention
 
 
 def attention(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
@@ -98,9 +103,6 @@ def compute(q: Tensor, keys: Keys, sees: Visibility) -> Tensor:
     return kernels.composite_attention(q, *keys, sees.query, sees.visual, sees.text,
                                        sees.sees_visual, sees.sees_text,
                                        sees.first_queries.get((V, T)))
-
-
-_instead: list[Callable] = []
 
 
 @contextlib.contextmanager
@@ -150,13 +152,13 @@ FEW = 16        # up to so many query rows, keys of both kinds are not concatena
 
 
 class Block(NamedTuple):
-    """Some query rows of a sample, and the keys that the last of them sees. `count` samples that
-    are alike, one behind the other, are one block."""
+    """Some query rows of a sample, and the keys that the last of them sees. Images of equal size in
+    a row (the encoder's), `count` of them, are one block, so that one call serves them."""
     rows: slice
     visual: slice
     text: slice
     count: int
-    mask: Tensor | None     # (rows, keys); None: all see all
+    mask: Tensor | None     # (rows, keys); None: all see all, or is_causal
     is_causal: bool         # row i sees the first i + 1 keys
 
 

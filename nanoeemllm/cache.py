@@ -42,7 +42,7 @@ class KVCache:
                                      for _ in range(L)] for _ in "kv")
         self.k_visual: list[Tensor | None] = [None] * L  # a path may have fewer rows or heads
         self.v_visual: list[Tensor | None] = [None] * L
-        # start and length of text, visual and the last image's rows, and the next position
+        # rows 0-1: start and length of text, 2-3: visual, 4-5: the last image; 6: next position
         self.table = torch.zeros(7, self.batch, dtype=torch.int32, device=device)
         self.graphs = {}
         self.begin(layout)
@@ -95,7 +95,7 @@ class KVCache:
         self.longest[0] += 1
 
     def grow(self) -> Tensor:
-        """The same on the device: the new tokens' positions (B,); their rows are the next ones."""
+        """Counts the new tokens in, on the device. Returns their positions (B,)."""
         start, length, *_, position = self.table[:, :self.running]
         self.rows, self.decoding = (start + length).long(), True
         length += 1
@@ -105,6 +105,7 @@ class KVCache:
     def visibility(self) -> Visibility:
         """A new token sees all that its sample has."""
         query, text, visual, _ = self.spans()
+        # one call needs equal distances: no buffer of a graph, visual keys of one sample at most
         in_one_call = not self.static and (self.batch == 1 or not visual.max_length)
         return Visibility(query, visual, text, visual.length, text.length,
                           self.capacity if in_one_call else None)

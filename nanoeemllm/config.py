@@ -113,11 +113,11 @@ class VisualPath:
     classes in paths/, each of which adds its settings as fields."""
     name: ClassVar[str]
     own_weights: ClassVar[tuple[str, ...]] = ()      # parts of names; stage 1 trains them
-    visual_rows: ClassVar[bool] = True               # else layers read ctx.visual, x is text alone
+    visual_rows: ClassVar[bool] = True               # of x; False: layers read ctx.visual
     takes_features: ClassVar[bool] = False           # the encoder's, in place of projected tokens
     images_are_reusable: ClassVar[bool] = False      # visual tokens never attend to text
     rotates_keys: ClassVar[bool] = True              # visual keys are rotated by their positions
-    computes_llava_attention: ClassVar[bool] = False
+    computes_llava_attention: ClassVar[bool] = False   # what LLaVA's own code computes
     calibrated_as: ClassVar[str | None] = None       # the path that `calibrate` runs the model as
 
     @classmethod

@@ -34,7 +34,8 @@ class Context:
     layout: Layout | None = None    # None while decoding
     cache: object = None            # cache.KVCache, or the recorder of encode_images
     image_kv: object = None         # cache.BatchImageKV: visual keys that were made before
-    visual: Tensor | None = None    # the visual tokens as they came, None where keys are there
+    visual: Tensor | None = None    # visual tokens, for paths whose layers read them themselves;
+                                    # None where their keys are stored. Set by Decoder.run
 
     @cached_property
     def rope_text(self) -> tuple[Tensor, Tensor]:
@@ -46,13 +47,13 @@ class Context:
 
     @cached_property
     def merged(self) -> tuple[Tensor, Tensor, Visibility]:
-        """layout.merged, where the rows are: the layout stays behind when operations are counted."""
+        """layout.merged on x's device: for counting costs, x is on "meta", the layout is not."""
         order, place, sees = self.layout.merged
         return order.to(self.rope[0].device), place.to(self.rope[0].device), sees
 
     @cached_property
     def last_image(self) -> Visibility:
-        """The text rows' view of the last image before each alone."""
+        """For flamingo: each text row sees only the image that stands last before it."""
         return (self.cache if self.layout is None else self.layout).last_image_queries
 
     def keys(self, layer: int, k: Tensor, v: Tensor) -> Keys:
@@ -62,6 +63,7 @@ class Context:
         return Keys(*visual, *self.text_keys(layer, k[:self.T], v[:self.T]))
 
     def visual_keys(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        # training: as they are; prefill: stored, too; decoding: none are new, the stored ones
         if self.image_kv is not None:
             k, v = self.image_kv.k[layer], self.image_kv.v[layer]
         return (k, v) if self.cache is None else self.cache.update_visual(layer, k, v)
@@ -87,7 +89,7 @@ class DecoderLayer(nn.Module):
         keys = ctx.keys(self.index, k, v)
         if self.is_last:          # nothing reads visual rows after this layer's keys and values
             x, h, v = x[:ctx.T], h[:ctx.T], v[:ctx.T]
-        heads = self.attend(h, v, keys, ctx)                # (T + V, H, D)
+        heads = self.attend(h, v, keys, ctx)                # (T + V, H, D); last layer: (T, H, D)
         x = x + self.self_attn.o_proj(heads.flatten(1))
         return self.feed_forward(x)
 

@@ -65,8 +65,8 @@ class StopRule:
 
     def is_met(self, answer: list[int]) -> bool:
         """Whether the text of the last few ids holds a stop string; a token is at least a byte of
-        it. A character is up to four bytes, and from within one the tokens of bytes that follow
-        cannot be decoded: four beginnings are tried."""
+        it. The tail may begin inside a character of up to four bytes, whose remaining bytes cannot
+        be decoded: four beginnings are tried."""
         reach = max((len(string.encode()) for string in self.strings), default=0) + 4
         tries = range(4) if self.strings else ()
         text = " ".join(self.tokenizer.decode(answer[-reach - k:]) for k in tries)
@@ -119,7 +119,8 @@ def generate_steps(model, prompts: list[list[int]], images: list[list] | None,
             if not answers or not left:
                 return
             ended = len(running) - len(answers)
-            if 2 * ended >= len(running) if cache.static else ended:
+            smaller = 2 * ended >= len(running) if cache.static else ended > 0
+            if smaller:
                 rows = [row for row, number in enumerate(running) if number in answers]
                 running = [running[row] for row in rows]
                 stay = torch.tensor(rows, device=ids.device)

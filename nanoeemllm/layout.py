@@ -79,7 +79,8 @@ class Layout:
 
     @cached_property
     def last_image_queries(self) -> Visibility:
-        """Every text row's view of the last image before it alone: an image is a sample here."""
+        """Every text row's view of the last image before it alone: each image acts as a sample,
+        whose queries are the text rows after it."""
         device = self.position.device
         query = span_of([image.after for image in self.images], device)
         visual = span_of([image.rows for image in self.images], device)
@@ -129,14 +130,14 @@ def build_layout(samples: list[list[int]],
         text_before = (~is_image).cumsum() - ~is_image
         visual_before = start - text_before
         text_rows.append(np.stack([ids, start, visual_before, text_before + 1])[:, ~is_image])
-        # an image's row i: a column of the image's own, and i of it
-        first = np.stack([start, visual_before + 1, text_before])[:, is_image]
+        # row i of an image: position, sees_visual, sees_text of its row 0, plus i, i, 0
+        row_0 = np.stack([start, visual_before + 1, text_before])[:, is_image]
         patches = length[is_image]
-        count = np.arange(patches.sum()) - np.repeat(visual_before[is_image], patches)
-        visual_rows.append(np.repeat(first, patches, axis=1) + [[1], [1], [0]] * count)
+        i_in_image = np.arange(patches.sum()) - np.repeat(visual_before[is_image], patches)
+        visual_rows.append(np.repeat(row_0, patches, axis=1) + [[1], [1], [0]] * i_in_image)
 
         texts.append(slice(texts[-1].stop, texts[-1].stop + text_rows[-1].shape[1]))
-        visuals.append(slice(visuals[-1].stop, visuals[-1].stop + len(count)))
+        visuals.append(slice(visuals[-1].stop, visuals[-1].stop + len(i_in_image)))
         places = [*(texts[-1].start + text_before[is_image]).tolist(), texts[-1].stop]
         row = visuals[-1].start
         for grid, place, until in zip(sizes, places, places[1:]):
@@ -144,7 +145,7 @@ def build_layout(samples: list[list[int]],
             images.append(PlacedImage(rows, grid, number, slice(texts[-1].start, place),
                                       slice(place, until)))
     text = np.concatenate(text_rows, axis=1)
-    merged = np.concatenate([text[1:], *visual_rows], axis=1).astype(np.int32)
+    numbers = np.concatenate([text[1:], *visual_rows], axis=1).astype(np.int32)
     layout = Layout(span_of(texts[1:], "cpu"), span_of(visuals[1:], "cpu"),
-                    *(torch.from_numpy(row.copy()) for row in merged), images, text.shape[1])
+                    *(torch.from_numpy(row.copy()) for row in numbers), images, text.shape[1])
     return torch.from_numpy(text[0].copy()), layout

@@ -50,8 +50,8 @@ def rope_frequencies(config: LlamaConfig, device=None) -> Tensor:
 
 
 def rope_cos_sin(position: Tensor, config: LlamaConfig, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosine and the signed sine of every rotation, each (N, 1, D), for positions (N,), in the
-    number type and place of `like`."""
+    """cos and (-sin, sin) of every rotation, each (N, 1, D), for positions (N,), in the number type
+    and place of `like`; with `roll` this is the usual rotate_half."""
     angle = position[:, None, None].float() * rope_frequencies(config, position.device)
     cos, sin = angle.cos(), angle.sin()                                              # (N, 1, D/2)
     return torch.cat([cos, cos], -1).to(like), torch.cat([-sin, sin], -1).to(like)

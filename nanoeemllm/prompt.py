@@ -25,7 +25,7 @@ class Template(NamedTuple):
     system_turn: str
     human_turn: str
     assistant: str       # invites the assistant to speak; a prompt ends with it
-    lead: str            # stands before its own words, a target as they are
+    lead: str            # put before its own words, a target like them
     end: str             # the special token after its words, a target; "": the end of text
     after: str           # stands between two rounds
     bos: bool            # begins with the tokenizer's BOS, if it has one

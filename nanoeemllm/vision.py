@@ -103,7 +103,7 @@ def position_index(grids: list[tuple[int, int]], side: int) -> Tensor:
 
 def whole_images(lengths: list[int], device: torch.device) -> Visibility:
     """Every row of an image sees all rows of its image."""
-    device = "cpu" if device.type == "meta" else device   # training/cost.py counts pairs
+    device = "cpu" if device.type == "meta" else device   # data/cost.py counts pairs
     length = torch.tensor(lengths, dtype=torch.int32)
     sees = torch.repeat_interleave(length, length.long()).to(device)
     start = (length.cumsum(0) - length).int().to(device)

@@ -58,9 +58,9 @@ class StageData:
 
         size, cost_of = self.config.batch_size, sample_cost(config)
         if args.data and not args.batch_size and 10 * size > len(data) and group.is_first:
+            smaller = min(32, max(4, group.size, len(data) // 50))
             print(f"the paper's batch of {size} is more than a tenth of {len(data):,} samples: with"
-                  f" --batch-size {min(32, max(4, group.size, len(data) // 50))} an epoch has more steps",
-                  file=sys.stderr)
+                  f" --batch-size {smaller} an epoch has more steps", file=sys.stderr)
 
         def cost(conversation: dict) -> float:
             return cost_of(*self.encode.count(conversation))
