@@ -181,7 +181,7 @@ def vision_config(source: Source) -> tuple[VisionConfig, str]:
     where, data, kind = source.where, source.config, source.kind
     if not kind.endswith("_vision_model"):                   # the encoder is a part
         data = part(where, data, "vision_config") | part(where, data, "vision_config_dict")
-    in_llava = kind == "llava"
+    in_llava = kind in LLAVA.values()          # the tower of a whole LLaVA, not an encoder alone
     if in_llava:
         data = data or LLAVA_VISION
         kind = data.get("model_type") or "clip_vision_model"
